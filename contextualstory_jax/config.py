@@ -1,0 +1,451 @@
+"""What a model, a recipe and a run consist of: frozen dataclasses, built once from plain mappings.
+
+A recipe (`configs/NAME.py`) returns an `ml_collections.ConfigDict`; a checkpoint folder holds the same
+values in `model.json`. Both cross into code through `build`, which refuses unknown keys and values by
+name. After that every default lives here and every deviation in the recipe.
+
+Field names of `UNetConfig`, `AutoencoderKLConfig`, `TextEncoderConfig` and `SchedulerConfig` are those of
+the original's `config.json` files, so that a released folder's values can be read as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from contextualstory_jax.errors import UserError
+
+T = TypeVar("T")
+
+FirstFrameMode = Literal["none", "conv2d", "concat", "input_only"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class UseTemporal:
+    """Switches for the temporal layers inside the UNet's blocks."""
+
+    temporal_attn: bool = True
+    temporal_conv: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The spatio-temporal UNet. Defaults are the released visualization models'.
+
+    Source: reference `videoldm_unet.py` VideoLDMUNet3DConditionModel.__init__.
+    """
+
+    sample_size: int = 64  # latent height and width the model was made for; other sizes work
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0.0
+    down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...] = (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    )
+    up_block_types: tuple[Literal["CrossAttnUpBlock2D", "UpBlock2D"], ...] = (
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+    )
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1024
+    transformer_layers_per_block: int = 1
+    attention_head_dim: int | tuple[int, ...] = (5, 10, 20, 20)  # the NUMBER of heads, as in SD-2.1
+    use_linear_projection: bool = True
+    use_temporal: UseTemporal = UseTemporal()
+    n_frames: int = 5
+    n_temp_heads: int = 8
+    first_frame_condition_mode: FirstFrameMode = "none"
+    augment_temporal_attention: bool = True  # SETA
+    temp_pos_embedding: Literal["rotary", "sinusoidal"] = "rotary"
+    use_frame_stride_condition: bool = False
+    use_motion_condition: bool = True  # StoryFlow Adapter
+    use_text_cross_attention: Literal["FSText", ""] = "FSText"  # Storyline Contextualizer, or none
+    num_layers_FStext: int = 4
+    FStext_layer_depth: int = 2
+    FStext_layer_temporal: tuple[bool, ...] = (False, True)
+    FStext_layer_causal: tuple[bool, ...] = (False, False)
+    zero_init_storyflow_adapter: bool = True
+    zero_init_FSText: bool = True
+    max_text_length: int = 1024  # rows of the contextualizer's position table
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+        require(
+            len(self.down_block_types) == levels == len(self.up_block_types),
+            "unet: block_out_channels, down_block_types and up_block_types must have one entry a level; "
+            f"got {levels}, {len(self.down_block_types)}, {len(self.up_block_types)}",
+        )
+        require(
+            len(self.num_attention_heads) == levels,
+            f"unet.attention_head_dim must be one number or one a level ({levels}); got {self.attention_head_dim}",
+        )
+        require(self.n_frames >= 2, f"unet.n_frames must be at least 2; got {self.n_frames}")
+        for name in (
+            "layers_per_block",
+            "transformer_layers_per_block",
+            "n_temp_heads",
+            "norm_num_groups",
+        ):
+            require(
+                getattr(self, name) >= 1,
+                f"unet.{name} must be at least 1; got {getattr(self, name)}",
+            )
+        for channels, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
+            for what, divisor in (
+                ("norm_num_groups", self.norm_num_groups),
+                ("attention_head_dim (the number of heads)", heads),
+                ("n_temp_heads", self.n_temp_heads),
+                # The temporal convolution's GroupNorm has 32 groups whatever norm_num_groups says.
+                (
+                    "32 (the groups of a temporal convolution)",
+                    32 if self.use_temporal.temporal_conv else 1,
+                ),
+            ):
+                require(
+                    divisor >= 1 and channels % divisor == 0,
+                    f"unet.block_out_channels: {channels} is not divisible by {what}"
+                    + ("" if what.startswith("32") else f" = {divisor}"),
+                )
+        if self.use_text_cross_attention == "FSText":
+            require(
+                len(self.FStext_layer_temporal)
+                == len(self.FStext_layer_causal)
+                == self.FStext_layer_depth,
+                "unet.FStext_layer_temporal and unet.FStext_layer_causal must have "
+                f"FStext_layer_depth = {self.FStext_layer_depth} entries",
+            )
+            require(
+                self.cross_attention_dim % 16 == 0,
+                "unet.cross_attention_dim must be a multiple of 16 (8 heads of rotated pairs) for the Storyline "
+                f"Contextualizer; got {self.cross_attention_dim}",
+            )
+
+    @property
+    def num_attention_heads(self) -> tuple[int, ...]:
+        """Spatial attention heads, one number a level."""
+        heads = self.attention_head_dim
+        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else heads
+
+    @property
+    def is_continuation(self) -> bool:
+        """Whether the first frame is given."""
+        return self.first_frame_condition_mode != "none"
+
+    @property
+    def downsampling(self) -> int:
+        """Latent height and width must be multiples of this."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """Stable Diffusion's KL autoencoder. Source: diffusers AutoencoderKL."""
+
+    kind: Literal["kl"] = "kl"
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    sample_size: int = 512
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent position, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceToDepthConfig:
+    """A picture codec without parameters: each patch of pixels becomes the channels of one latent position."""
+
+    kind: Literal["space_to_depth"] = "space_to_depth"
+    patch: int = 4
+    scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.patch >= 1, f"vae.patch must be at least 1; got {self.patch}")
+
+    @property
+    def latent_channels(self) -> int:
+        """Three colours of every pixel in a patch."""
+        return 3 * self.patch**2
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent position, along each side."""
+        return self.patch
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """CLIP's text tower. Defaults are SD-2.1's. Source: transformers CLIPTextModel."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 23
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 77
+    hidden_act: Literal["gelu", "quick_gelu"] = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"text_encoder.hidden_size = {self.hidden_size} is not divisible by "
+            f"num_attention_heads = {self.num_attention_heads}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """The noise schedule and how sampling walks it. Defaults are the released models'.
+
+    Source: diffusers DDIMScheduler and the reference's `noise_scheduler_kwargs`.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    steps_offset: int = 1
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.beta_start <= self.beta_end < 1,
+            f"scheduler: need 0 < beta_start <= beta_end < 1; got {self.beta_start} and {self.beta_end}",
+        )
+        require(
+            not (self.rescale_betas_zero_snr and self.prediction_type == "epsilon"),
+            "scheduler.rescale_betas_zero_snr needs prediction_type v_prediction or sample: at zero SNR the noise "
+            "says nothing about the picture",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseConfig:
+    """How the noise of a story's frames is correlated. Source: paper's PYoCo noise; reference train.py."""
+
+    kind: Literal["vanilla", "pyoco_mixed", "pyoco_progressive"] = "pyoco_mixed"
+    alpha: float = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what a set of weights means."""
+
+    unet: UNetConfig = UNetConfig()
+    vae: AutoencoderKLConfig | SpaceToDepthConfig = AutoencoderKLConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    noise: NoiseConfig = NoiseConfig()
+    height: int = 256  # pixels of the pictures trained on, and drawn by default
+    width: int = 256
+    sampling: SamplingConfig = dataclasses.field(default_factory=lambda: SamplingConfig())
+
+    def __post_init__(self) -> None:
+        require(
+            self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels,
+            f"unet.in_channels = {self.unet.in_channels} and unet.out_channels = {self.unet.out_channels} must "
+            f"both be the codec's latent channels = {self.vae.latent_channels}",
+        )
+        require(
+            self.unet.cross_attention_dim == self.text_encoder.hidden_size,
+            f"unet.cross_attention_dim = {self.unet.cross_attention_dim} must be "
+            f"text_encoder.hidden_size = {self.text_encoder.hidden_size}",
+        )
+        require(
+            self.unet.use_text_cross_attention != "FSText"
+            or self.unet.max_text_length >= self.text_encoder.max_position_embeddings,
+            f"unet.max_text_length = {self.unet.max_text_length} is under "
+            f"text_encoder.max_position_embeddings = {self.text_encoder.max_position_embeddings}",
+        )
+        self.latent_size(self.height, self.width)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Latent height and width of pictures of `height` x `width` pixels; `UserError` if they do not divide."""
+        multiple = self.vae.factor * self.unet.downsampling
+        require(
+            height > 0 and width > 0 and height % multiple == 0 and width % multiple == 0,
+            f"height and width must be positive multiples of {multiple} for this model; got {height} x {width}",
+        )
+        return height // self.vae.factor, width // self.vae.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """What sampling does when the user does not say. Source: reference `sampling_kwargs`."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    image_guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
+    eta: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which stories are trained on."""
+
+    name: Literal["shapes"] = "shapes"
+    seed: int = 0  # of the drawn world
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as the original uses it."""
+
+    learning_rate: float = 5e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 0.5
+    ema_decay: float = 0.9999
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A recipe: the model, its data, and how it is trained."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 42
+    steps: int = 40_000
+    batch_size: int = 12  # stories a step, over all devices and accumulation steps
+    accumulation_steps: int = 1
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    trainable: tuple[str, ...] = (r"unet\..*",)  # regexes on `part.path`; the rest is frozen
+    text_drop: float = 0.1
+    first_frame_drop: float = 0.1
+    snr_gamma: float | None = 5.0
+    log_every: int = 10  # steps
+    checkpoint_every: int = 1000  # steps
+    keep_checkpoints: int = 2
+    sample_every: int = 1000  # steps between pictures from the EMA weights
+    sample_stories: int = 2
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            require(
+                getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}"
+            )
+        require(
+            self.batch_size % self.accumulation_steps == 0,
+            f"batch_size = {self.batch_size} is not divisible by accumulation_steps = {self.accumulation_steps}",
+        )
+        for name in ("text_drop", "first_frame_drop"):
+            require(
+                0 <= getattr(self, name) <= 1,
+                f"{name} must be in [0, 1]; got {getattr(self, name)}",
+            )
+        require(
+            self.snr_gamma is None or self.snr_gamma > 0,
+            f"snr_gamma must be positive; got {self.snr_gamma}",
+        )
+        require(
+            self.optimizer.learning_rate > 0,
+            f"optimizer.learning_rate must be positive; got {self.optimizer.learning_rate}",
+        )
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Make a config dataclass of a mapping.
+
+    Nested mappings become nested dataclasses and lists tuples; a union of dataclasses is chosen by its
+    `kind`. Raises `UserError` naming the dotted key that is unknown or has a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    require(
+        not unknown,
+        f"unknown config key {where + unknown[0] if unknown else ''}; known: {', '.join(sorted(hints))}",
+    )
+    return cls(
+        **{name: _convert(hints[name], value, where + name) for name, value in values.items()}
+    )
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, Mapping):
+        choices = [c for c in (args or (hint,)) if dataclasses.is_dataclass(c)]
+        kinds = (
+            {c.__dataclass_fields__["kind"].default: c for c in choices} if len(choices) > 1 else {}
+        )
+        if kinds:
+            kind = value.get("kind", next(iter(kinds)))
+            require(kind in kinds, f"{name}.kind must be one of {', '.join(kinds)}; got {kind!r}")
+            return build(kinds[kind], value, f"{name}.")
+        require(bool(choices), f"{name} must not be a mapping; got {dict(value)!r}")
+        return build(choices[0], value, f"{name}.")
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(option, value, name)
+            except UserError:
+                continue
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif dataclasses.is_dataclass(hint) and isinstance(value, hint):
+        return value
+    elif hint is type(None) and value is None:
+        return None
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    expected = (
+        " or ".join(map(repr, args)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    )
+    raise UserError(f"{name} must be {expected}; got {value!r}")

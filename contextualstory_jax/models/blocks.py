@@ -1,0 +1,207 @@
+"""The UNet's down, mid and up blocks: resnet, temporal convolution, spatial transformer, temporal transformer, in turn.
+
+In mode `conv2d` (continuation) every block begins by overwriting frame 0 of its input by a 1x1 convolution of the clean
+first frame. The original writes in place, so that where a block's input is also a stored skip connection the skip
+changes too; `put_first_frame` is therefore a call of its own and the UNet stores what it returns (`unet.py`).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from contextualstory_jax.config import UNetConfig
+from contextualstory_jax.models.attention import KeysValues
+from contextualstory_jax.models.layers import conv1x1
+from contextualstory_jax.models.spatial import (
+    Downsample2D,
+    ResnetBlock2D,
+    SpatialTransformer,
+    Upsample2D,
+)
+from contextualstory_jax.models.temporal import TemporalResnetBlock, TemporalTransformer
+
+TextKeysValues = list[list[KeysValues]]  # [layer of the block][block of the transformer]
+
+
+class Block(nnx.Module):
+    """What the three kinds of block share: their layers and how one layer runs."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        channels_in: int,
+        resnets: list[tuple[int, int]],
+        heads: int | None,
+        temporal_heads: int,
+        seta: bool,
+        rotary: bool,
+    ):
+        """Args: `resnets`, channels in and out of each; `heads`, spatial attention heads, None for no attention."""
+        channels = resnets[-1][1]
+        time_dim = 4 * config.block_out_channels[0]
+        mode = config.first_frame_condition_mode
+        self.first_frame_conv = (
+            conv1x1(config.in_channels, channels_in) if mode == "conv2d" else None
+        )
+        self.resnets = nnx.List(ResnetBlock2D(config, i, o, time_dim) for i, o in resnets)
+        self.conv3ds = nnx.List(
+            TemporalResnetBlock(channels) for _ in resnets if config.use_temporal.temporal_conv
+        )
+        layers = self.num_attentions(len(resnets)) if heads else 0
+        self.attentions = nnx.List(
+            SpatialTransformer(config, channels, heads or 0) for _ in range(layers)
+        )
+        self.tempo_attns = nnx.List(
+            TemporalTransformer(config, channels, temporal_heads, seta=seta, rotary=rotary)
+            for _ in range(layers if config.use_temporal.temporal_attn else 0)
+        )
+
+    @staticmethod
+    def num_attentions(resnets: int) -> int:
+        """Attention layers beside so many resnets."""
+        return resnets
+
+    def text_keys_values(self, text: Float[Array, "b f l d"]) -> TextKeysValues:
+        """Cross-attention keys and values of every layer."""
+        return [attention.text_keys_values(text) for attention in self.attentions]
+
+    def put_first_frame(
+        self, x: Float[Array, "b f h w c"], first_frame: Float[Array, "b h0 w0 i"] | None
+    ) -> Float[Array, "b f h w c"]:
+        """Overwrite frame 0 by the clean first frame, brought to the block's size by nearest neighbour."""
+        if self.first_frame_conv is None or first_frame is None:
+            return x
+        ratio_h, ratio_w = first_frame.shape[1] // x.shape[2], first_frame.shape[2] // x.shape[3]
+        frame = self.first_frame_conv(first_frame[:, ::ratio_h, ::ratio_w])
+        return jnp.concatenate([frame[:, None], x[:, 1:]], axis=1)
+
+    def convolve(
+        self, i: int, x: Float[Array, "b f h w i"], temb: Float[Array, "b f t"]
+    ) -> Float[Array, "b f h w c"]:
+        """Resnet and temporal convolution of layer i."""
+        x = self.resnets[i](x, temb)
+        return self.conv3ds[i](x) if self.conv3ds else x
+
+    def attend(
+        self, i: int, x: Float[Array, "b f h w c"], text: TextKeysValues, see_first_frame: bool
+    ) -> Float[Array, "b f h w c"]:
+        """Spatial and temporal transformer of layer i, where there are any."""
+        if self.attentions:
+            x = self.attentions[i](x, text[i], see_first_frame)
+        return self.tempo_attns[i](x) if self.tempo_attns else x
+
+
+class DownBlock(Block):
+    """Reference: videoldm_unet_blocks.py VideoLDMCrossAttnDownBlock, VideoLDMDownBlock."""
+
+    def __init__(self, config: UNetConfig, level: int):
+        channels = config.block_out_channels
+        channels_in, channels_out = channels[max(level - 1, 0)], channels[level]
+        has_attention = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        super().__init__(
+            config,
+            channels_in=channels_in,
+            resnets=[
+                (channels_in if i == 0 else channels_out, channels_out)
+                for i in range(config.layers_per_block)
+            ],
+            heads=config.num_attention_heads[level] if has_attention else None,
+            temporal_heads=config.n_temp_heads,
+            seta=config.augment_temporal_attention,
+            rotary=config.temp_pos_embedding == "rotary",
+        )
+        last = level == len(channels) - 1
+        self.downsamplers = nnx.List([] if last else [Downsample2D(channels_out)])
+        self.see_first_frame = config.first_frame_condition_mode == "concat"
+
+    def __call__(
+        self, x: Float[Array, "b f h w i"], temb: Float[Array, "b f t"], text: TextKeysValues
+    ) -> tuple[Array, list[Array]]:
+        """Returns the output and the skip connections, in the order they were made."""
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.attend(i, self.convolve(i, x, temb), text, self.see_first_frame)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(Block):
+    """Resnet, temporal convolution, then transformers, resnet, temporal convolution.
+
+    Parity: built without rotary positions and without SETA, its temporal attention has the spatial number of heads.
+
+    Reference: videoldm_unet_blocks.py VideoLDMUNetMidBlock2DCrossAttn.
+    """
+
+    def __init__(self, config: UNetConfig):
+        channels, heads = config.block_out_channels[-1], config.num_attention_heads[-1]
+        super().__init__(
+            config,
+            channels_in=channels,
+            resnets=[(channels, channels)] * 2,
+            heads=heads,
+            temporal_heads=heads,
+            seta=False,
+            rotary=False,
+        )
+        self.see_first_frame = config.first_frame_condition_mode in ("conv2d", "concat")
+
+    @staticmethod
+    def num_attentions(resnets: int) -> int:
+        return resnets - 1
+
+    def __call__(
+        self, x: Float[Array, "b f h w c"], temb: Float[Array, "b f t"], text: TextKeysValues
+    ) -> Float[Array, "b f h w c"]:
+        x = self.attend(0, self.convolve(0, x, temb), text, self.see_first_frame)
+        return self.convolve(1, x, temb)
+
+
+class UpBlock(Block):
+    """Reference: videoldm_unet_blocks.py VideoLDMCrossAttnUpBlock, VideoLDMUpBlock."""
+
+    def __init__(self, config: UNetConfig, index: int):
+        channels = config.block_out_channels[::-1]
+        previous, out, skip = (
+            channels[max(index - 1, 0)],
+            channels[index],
+            channels[min(index + 1, len(channels) - 1)],
+        )
+        layers = config.layers_per_block + 1
+        has_attention = config.up_block_types[index] == "CrossAttnUpBlock2D"
+        super().__init__(
+            config,
+            channels_in=previous,
+            resnets=[
+                ((previous if i == 0 else out) + (skip if i == layers - 1 else out), out)
+                for i in range(layers)
+            ],
+            heads=config.num_attention_heads[::-1][index] if has_attention else None,
+            temporal_heads=config.n_temp_heads,
+            seta=config.augment_temporal_attention,
+            rotary=config.temp_pos_embedding == "rotary",
+        )
+        last = index == len(channels) - 1
+        self.upsamplers = nnx.List([] if last else [Upsample2D(out)])
+        self.see_first_frame = config.first_frame_condition_mode in ("conv2d", "concat")
+
+    def __call__(
+        self,
+        x: Float[Array, "b f h w i"],
+        skips: list[Array],
+        temb: Float[Array, "b f t"],
+        text: TextKeysValues,
+    ) -> Array:
+        """Consumes skip connections from the end of `skips`."""
+        for i in range(len(self.resnets)):
+            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = self.attend(i, self.convolve(i, x, temb), text, self.see_first_frame)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x

@@ -1,0 +1,140 @@
+"""The layers every network is made of: Flax NNX's, with PyTorch's initialisers and each numerical choice written out.
+
+Modules declare their parameters (shape and initialiser) and draw none, so that building a network of any size costs
+milliseconds and no memory. Layout is channels-last. Parameters are float32; a network computes in the dtype its parameters were cast to when
+bound (`network.py`), so that no layer carries a dtype. Norms and softmax reduce in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # of a key and a shape
+
+
+class Declaration(jax.ShapeDtypeStruct):
+    """A parameter to be: its shape, float32, and how its first values are drawn."""
+
+    def __init__(self, shape: tuple[int, ...], initialiser: Initialiser):
+        super().__init__(shape, jnp.float32)
+        self.initialiser = initialiser
+
+
+def parameter(shape: tuple[int, ...], initialiser: Initialiser) -> nnx.Param:
+    """Declare a parameter of a module."""
+    return nnx.Param(Declaration(shape, initialiser))
+
+
+def uniform(fan_in: int) -> Initialiser:
+    """PyTorch's default for linear and convolution weights and biases: uniform in +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def normal(deviation: float) -> Initialiser:
+    """Normal values of mean 0."""
+    return lambda key, shape: deviation * jax.random.normal(key, shape)
+
+
+def zeros(_: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """All zero."""
+    return jnp.zeros(shape)
+
+
+def ones(_: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """All one."""
+    return jnp.ones(shape)
+
+
+def _declare(initialiser: Initialiser) -> Any:
+    """An initialiser as NNX's layers call it, which declares instead of drawing."""
+    return lambda _key, shape, *_dtype, **_sharding: Declaration(shape, initialiser)
+
+
+class _NoKeys:
+    """What NNX's layers ask for keys; a declaration needs none."""
+
+    def params(self) -> None: ...
+
+
+_NO_KEYS: Any = _NoKeys()
+
+
+def linear(
+    features_in: int, features_out: int, *, bias: bool = True, zero: bool = False
+) -> nnx.Linear:
+    """torch.nn.Linear; `zero` starts it at the zero map."""
+    init = _declare(zeros if zero else uniform(features_in))
+    return nnx.Linear(
+        features_in, features_out, use_bias=bias, kernel_init=init, bias_init=init, rngs=_NO_KEYS
+    )
+
+
+def conv(
+    channels_in: int,
+    channels_out: int,
+    kernel_size: tuple[int, int],
+    *,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+    stride: int = 1,
+) -> nnx.Conv:
+    """torch.nn.Conv2d, channels last; padding is ((top, bottom), (left, right))."""
+    init = _declare(uniform(channels_in * math.prod(kernel_size)))
+    return nnx.Conv(
+        channels_in,
+        channels_out,
+        kernel_size,
+        strides=stride,
+        padding=padding,
+        kernel_init=init,
+        bias_init=init,
+        rngs=_NO_KEYS,
+    )
+
+
+def conv3x3(channels_in: int, channels_out: int) -> nnx.Conv:
+    """A 3x3 convolution that keeps the size."""
+    return conv(channels_in, channels_out, (3, 3), padding=((1, 1), (1, 1)))
+
+
+def conv1x1(channels_in: int, channels_out: int) -> nnx.Conv:
+    """A linear map of every position's channels, stored as a convolution."""
+    return conv(channels_in, channels_out, (1, 1), padding=((0, 0), (0, 0)))
+
+
+def embed(entries: int, features: int, deviation: float) -> nnx.Embed:
+    """torch.nn.Embedding with normal values."""
+    return nnx.Embed(entries, features, embedding_init=_declare(normal(deviation)), rngs=_NO_KEYS)
+
+
+_NORM: Any = {"scale_init": _declare(ones), "bias_init": _declare(zeros), "rngs": _NO_KEYS}
+
+
+class GroupNorm(nnx.GroupNorm):
+    """torch.nn.GroupNorm over (..., h, w, c): each leading index has statistics of its own."""
+
+    def __call__(self, x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch h w c"]:
+        return super().__call__(x.reshape(-1, *x.shape[-3:])).reshape(x.shape)
+
+
+def group_norm(channels: int, groups: int, epsilon: float) -> GroupNorm:
+    """Group normalisation with two passes in float32."""
+    return GroupNorm(channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, **_NORM)
+
+
+def layer_norm(channels: int, epsilon: float = 1e-5) -> nnx.LayerNorm:
+    """torch.nn.LayerNorm over the last axis, two passes in float32."""
+    return nnx.LayerNorm(channels, epsilon=epsilon, use_fast_variance=False, **_NORM)
+
+
+def upsample_nearest(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch 2*h 2*w c"]:
+    """Every pixel twice along both sides."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=-3), 2, axis=-2)

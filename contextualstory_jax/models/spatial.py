@@ -1,0 +1,121 @@
+"""What looks at one frame at a time: Stable Diffusion's resnet blocks and transformers, frames side by side."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from contextualstory_jax.config import UNetConfig
+from contextualstory_jax.models.attention import Attention, FeedForward, KeysValues
+from contextualstory_jax.models.layers import (
+    conv,
+    conv1x1,
+    conv3x3,
+    group_norm,
+    layer_norm,
+    linear,
+    upsample_nearest,
+)
+
+
+class ResnetBlock2D(nnx.Module):
+    """Norm, SiLU, convolution, twice, the time embedding added between; residual.
+
+    Reference: diffusers 0.21 resnet.py ResnetBlock2D.
+    """
+
+    def __init__(self, config: UNetConfig, channels_in: int, channels_out: int, time_dim: int):
+        self.norm1 = group_norm(channels_in, config.norm_num_groups, config.norm_eps)
+        self.conv1 = conv3x3(channels_in, channels_out)
+        self.time_emb_proj = linear(time_dim, channels_out)
+        self.norm2 = group_norm(channels_out, config.norm_num_groups, config.norm_eps)
+        self.conv2 = conv3x3(channels_out, channels_out)
+        self.conv_shortcut = (
+            None if channels_in == channels_out else conv1x1(channels_in, channels_out)
+        )
+
+    def __call__(
+        self, x: Float[Array, "b f h w i"], temb: Float[Array, "b f t"]
+    ) -> Float[Array, "b f h w c"]:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(jax.nn.silu(temb))[:, :, None, None]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nnx.Module):
+    """Halve height and width by a strided convolution that pads one pixel on every side."""
+
+    def __init__(self, channels: int):
+        self.conv = conv(channels, channels, (3, 3), padding=((1, 1), (1, 1)), stride=2)
+
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h/2 w/2 c"]:
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Double height and width by repetition, then a convolution."""
+
+    def __init__(self, channels: int):
+        self.conv = conv3x3(channels, channels)
+
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f 2*h 2*w c"]:
+        return self.conv(upsample_nearest(x))
+
+
+class SpatialTransformerBlock(nnx.Module):
+    """Self-attention within a frame, cross-attention to the frame's sentence, feed-forward.
+
+    Reference: videoldm_transformer_blocks.py BasicConditionalTransformerBlock.
+    """
+
+    def __init__(self, dim: int, heads: int, text_dim: int):
+        self.norm1 = layer_norm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = layer_norm(dim)
+        self.attn2 = Attention(dim, heads, text_dim)
+        self.norm3 = layer_norm(dim)
+        self.ff = FeedForward(dim)
+
+    def __call__(
+        self, x: Float[Array, "b f s c"], text: KeysValues, see_first_frame: bool
+    ) -> Float[Array, "b f s c"]:
+        y = self.norm1(x)
+        keys_values = self.attn1.keys_values(y)
+        if see_first_frame:  # frame 0 sees its own tokens twice, as in the original
+            keys_values = tuple(
+                jnp.concatenate([a, jnp.broadcast_to(a[:, :1], a.shape)], axis=2)
+                for a in keys_values
+            )
+        x = x + self.attn1(y, keys_values)
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nnx.Module):
+    """Norm, projection, blocks, projection, residual. Reference: Transformer2DConditionModel."""
+
+    def __init__(self, config: UNetConfig, channels: int, heads: int):
+        project = linear if config.use_linear_projection else conv1x1
+        self.norm = group_norm(channels, config.norm_num_groups, 1e-6)
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nnx.List(
+            SpatialTransformerBlock(channels, heads, config.cross_attention_dim)
+            for _ in range(config.transformer_layers_per_block)
+        )
+        self.proj_out = project(channels, channels)
+
+    def text_keys_values(self, text: Float[Array, "b f l d"]) -> list[KeysValues]:
+        """Each block's cross-attention keys and values; they do not depend on the denoising step."""
+        return [block.attn2.keys_values(text) for block in self.transformer_blocks]
+
+    def __call__(
+        self, x: Float[Array, "b f h w c"], text: list[KeysValues], see_first_frame: bool
+    ) -> Float[Array, "b f h w c"]:
+        b, f, h, w, c = x.shape
+        y = self.proj_in(self.norm(x)).reshape(b, f, h * w, c)
+        for block, keys_values in zip(self.transformer_blocks, text, strict=True):
+            y = block(y, keys_values, see_first_frame)
+        return x + self.proj_out(y.reshape(b, f, h, w, c))
