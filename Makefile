@@ -1,0 +1,44 @@
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test slow lint types clean
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+# The first of these that is there, runs and is supported; another: make PYTHON=/path/to/python
+PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done),python3)
+VENV := .venv/bin/python
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
+
+venv: .venv/installed-test ## make .venv with the package and what its tests need
+
+demo: .venv/installed-test ## draw held-out stories, train a model for minutes, write demo/
+	$(VENV) scripts/demo.py --out demo
+
+test: .venv/installed-test ## run the tests (minutes, no network)
+	$(VENV) -m pytest
+
+slow: .venv/installed-test ## run the long tests that need nothing more installed
+	$(VENV) -m pytest -m "(slow or full_size or multiprocess) and not (torch or browser or gpu)"
+
+lint: .venv/installed-dev ## check style and formatting
+	$(VENV) -m ruff check
+	$(VENV) -m ruff format --check
+
+types: .venv/installed-dev ## check types
+	$(VENV) -m pyright
+
+clean: ## remove .venv, demo/ and caches
+	rm -rf .venv demo .pytest_cache .ruff_cache
+
+.venv/bin/python:
+	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \
+	echo "Python 3.11 to 3.13 is needed, not '$(PYTHON)': make PYTHON=/path/to/python3.11" >&2; \
+	exit 1; }
+	"$(PYTHON)" -m venv .venv
+
+# Stamps: an installation is repeated only when what it is made from changed.
+.venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python
+	$(VENV) -m pip install --quiet --disable-pip-version-check -e '.[$*]' -c constraints.txt
+	@touch $@
