@@ -1,0 +1,34 @@
+"""The noise of one story, whose frames may share a part of it (PYoCo, arXiv 2305.10474)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from contextualstory_jax.config import NoiseConfig
+
+
+def story_noise(
+    key: Key[Array, ""], shape: tuple[int, int, int, int], config: NoiseConfig
+) -> Float[Array, "f h w c"]:
+    """Draw noise of shape (f, h, w, c), standard normal in every entry.
+
+    Mixed noise correlates any two frames by a^2 / (1 + a^2), with a = `config.alpha`; progressive
+    noise correlates frames n apart by (a^2 / (1 + a^2))^(n/2). Map it over one key a story, so that
+    a story's noise does not depend on its batch. Reference: train.py; pipeline `prepare_latents`.
+    """
+    own_key, shared_key = jax.random.split(key)
+    own = jax.random.normal(own_key, shape)
+    if config.kind == "vanilla":
+        return own
+    keep = math.sqrt(config.alpha**2 / (1 + config.alpha**2))
+    renew = math.sqrt(1 / (1 + config.alpha**2))
+    if config.kind == "pyoco_mixed":
+        return keep * jax.random.normal(shared_key, (1, *shape[1:])) + renew * own
+    frames = [own[0]]
+    for frame in own[1:]:
+        frames.append(keep * frames[-1] + renew * frame)
+    return jnp.stack(frames)
