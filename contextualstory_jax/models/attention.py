@@ -132,7 +132,8 @@ class RotaryEmbedding(nnx.Module):
 
     def __init__(self, dim: int):
         self.freqs = parameter(
-            (dim // 2,), lambda _, shape: 10000.0 ** -(jnp.arange(*shape) * 2 / dim)
+            (dim // 2,),
+            lambda _, shape: (10000.0 ** -(np.arange(*shape) * 2 / dim)).astype(np.float32),
         )
 
     def __call__(self, x: Float[Array, "b f *rest c"]) -> Float[Array, "b f *rest c"]:

@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 
-Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # of a key and a shape
+# Draws float32 values of a shape. NumPy's generator: nothing to compile, and the same on every platform.
+Initialiser = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
 class Declaration(jax.ShapeDtypeStruct):
@@ -35,23 +37,23 @@ def parameter(shape: tuple[int, ...], initialiser: Initialiser) -> nnx.Param:
 
 def uniform(fan_in: int) -> Initialiser:
     """PyTorch's default for linear and convolution weights and biases: uniform in +-1/sqrt(fan_in)."""
-    bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    bound = np.float32(1 / math.sqrt(fan_in))
+    return lambda rng, shape: (2 * rng.random(shape, dtype=np.float32) - 1) * bound
 
 
 def normal(deviation: float) -> Initialiser:
     """Normal values of mean 0."""
-    return lambda key, shape: deviation * jax.random.normal(key, shape)
+    return lambda rng, shape: np.float32(deviation) * rng.standard_normal(shape, dtype=np.float32)
 
 
-def zeros(_: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def zeros(_: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """All zero."""
-    return jnp.zeros(shape)
+    return np.zeros(shape, np.float32)
 
 
-def ones(_: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def ones(_: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """All one."""
-    return jnp.ones(shape)
+    return np.ones(shape, np.float32)
 
 
 def _declare(initialiser: Initialiser) -> Any:

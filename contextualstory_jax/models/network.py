@@ -37,11 +37,11 @@ class Network(Generic[M]):
         self._paths = {name: path for name, (path, _) in sorted(leaves.items())}
         self.shapes: dict[str, Declaration] = {name: leaves[name][1] for name in self._paths}
 
-    def init(self, key: jax.Array) -> Params:
-        """Draw float32 parameters by PyTorch's default initialisers; each is a function of the key and its name."""
+    def init(self, seed: int) -> Params:
+        """Draw float32 parameters by PyTorch's default initialisers; each is a function of the seed and its name."""
         return {
             name: declared.initialiser(
-                jax.random.fold_in(key, zlib.crc32(name.encode())), declared.shape
+                np.random.default_rng([seed, zlib.crc32(name.encode())]), declared.shape
             )
             for name, declared in self.shapes.items()
         }
