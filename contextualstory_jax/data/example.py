@@ -1,0 +1,36 @@
+"""What every dataset yields: one story, its pictures beside its sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import UInt8
+
+FRAMES = 5  # pictures, and sentences, a story
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameLabels:
+    """The truth of one frame, for metrics; a dataset tells what it knows.
+
+    `needs_context` says that the frame's own sentence does not tell its characters or its scene.
+    """
+
+    characters: frozenset[str]
+    scene: str | None = None
+    needs_context: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One story: five RGB pictures, 0-255, and five sentences, ids and (if known) labels.
+
+    `story_id` and `frame_ids` are unique in the dataset and fit as names of files.
+    """
+
+    images: UInt8[np.ndarray, "5 h w 3"]
+    sentences: tuple[str, ...]
+    frame_ids: tuple[str, ...]
+    story_id: str
+    labels: tuple[FrameLabels, ...] | None = None

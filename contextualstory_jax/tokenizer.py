@@ -1,0 +1,34 @@
+"""Sentences to token ids, by a checkpoint's own CLIP tokenizer files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from contextualstory_jax.errors import UserError
+
+
+class Tokenizer:
+    """A CLIP tokenizer read from a folder; pads, and truncates, to the text tower's length."""
+
+    def __init__(self, folder: Path, length: int):
+        from transformers import CLIPTokenizer  # takes a second to import
+
+        if not (folder / "tokenizer_config.json").is_file():
+            raise UserError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
+        self.folder, self.length = folder, length
+        self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def __call__(self, sentences: Sequence[str]) -> Int32[np.ndarray, "n l"]:
+        """Token ids, padding included."""
+        encoded = self._tokenizer(
+            list(sentences),
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            return_tensors="np",
+        )
+        return encoded["input_ids"].astype(np.int32)
