@@ -11,6 +11,7 @@ the original's `config.json` files, so that a released folder's values can be re
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -309,6 +310,17 @@ class SamplingConfig:
     guidance_rescale: float = 0.0
     eta: float = 0.0
 
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"sampling: steps must be at least 1; got {self.steps}")
+        for name in ("guidance_scale", "image_guidance_scale"):
+            scale = getattr(self, name)
+            require(
+                0 <= scale < math.inf, f"sampling: {name} must be finite, at least 0; got {scale}"
+            )
+        for name in ("guidance_rescale", "eta"):
+            share = getattr(self, name)
+            require(0 <= share <= 1, f"sampling: {name} must be in [0, 1]; got {share}")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -351,6 +363,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     seed: int = 42
     steps: int = 40_000
+    max_minutes: float | None = None  # of training; stops earlier, with a checkpoint
     batch_size: int = 12  # stories a step, over all devices and accumulation steps
     accumulation_steps: int = 1
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"

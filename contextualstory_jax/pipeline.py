@@ -1,0 +1,314 @@
+"""The Python API: sentences in, pictures out.
+
+One compiled program draws a batch: text tower, contextualizer, keys and values, first frame, every
+denoising step in one `lax.scan`, and the codec. Scales, eta and StoryFlow values are its arguments,
+so that changing them compiles nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, Key, UInt8
+
+from contextualstory_jax.checkpoint import Weights, load_weights, read_model
+from contextualstory_jax.config import MeshConfig, SamplingConfig, require
+from contextualstory_jax.diffusion.guidance import guide, num_branches
+from contextualstory_jax.diffusion.noise import story_noise
+from contextualstory_jax.diffusion.samplers import Sampler, ddim, denoise
+from contextualstory_jax.model import Parts, StoryModel, clamp
+from contextualstory_jax.sharding import BATCH, make_mesh
+from contextualstory_jax.tokenizer import Tokenizer
+
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+class Story(NamedTuple):
+    """One story to draw."""
+
+    sentences: Sequence[str]
+    id: str = "story"  # with the seed it decides the noise
+    first_frame: UInt8[np.ndarray, "h w 3"] | None = None
+
+
+class Drawing(NamedTuple):
+    """Drawn stories."""
+
+    pictures: UInt8[np.ndarray, "b f h w 3"]
+    latents: Float32[np.ndarray, "b f p q c"]  # before decoding
+
+
+class Inputs(NamedTuple):
+    """What one batch is drawn from, on the device."""
+
+    ids: Int[Array, "b f l"]
+    noise: Float[Array, "b f p q c"]
+    step_keys: Key[Array, " b"]  # of stochastic samplers
+    frame_keys: Key[Array, " b"]  # of the first frame's posterior
+    first_frame: UInt8[Array, "b 1 h w 3"] | None
+
+
+class Scales(NamedTuple):
+    """Guidance scales, as arrays."""
+
+    text: Float[Array, ""]
+    image: Float[Array, ""]
+    rescale: Float[Array, ""]
+
+
+def story_key(seed: int, story_id: str) -> Key[Array, ""]:
+    """The key of everything random about a story: of the seed and the story's id alone."""
+    digest = hashlib.sha256(story_id.encode()).digest()
+    key = jax.random.key(seed)
+    for word in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, int.from_bytes(word, "big"))
+    return key
+
+
+def draw_latents(
+    model: StoryModel,
+    branches: int,
+    params: Parts,
+    inputs: Inputs,
+    null_ids: Int[Array, " l"],
+    motion: Float[Array, " m"],
+    sampler: Sampler,
+    scales: Scales,
+) -> Float[Array, "b f p q c"]:
+    """Denoise one batch; `branches` is how many predictions guidance needs (`guidance.py`)."""
+    b, f, _ = inputs.ids.shape
+    text = model.encode_text(params, inputs.ids)
+    null_text = model.encode_text(params, null_ids[None, None])
+    storyline = model.contextualize(params, text)
+    # The null text bypasses the contextualizer.
+    null_text = jnp.broadcast_to(null_text.astype(storyline.dtype), storyline.shape)
+    storyline = jnp.concatenate([null_text] * (branches - 1) + [storyline])
+    condition = model.condition(params, storyline, motion[None])
+    noise, first_latents, first_inputs = inputs.noise, None, None
+    if inputs.first_frame is not None:
+        first_latents = model.encode_pictures(params, inputs.first_frame, inputs.frame_keys)
+        # With image guidance the first branch is given the initial noise for a first frame.
+        scaled_noise = noise[:, :1] * sampler.init_noise_sigma
+        given = (
+            [scaled_noise, first_latents, first_latents]
+            if branches == 3
+            else [first_latents] * branches
+        )
+        first_inputs = jnp.concatenate(given)[:, 0]
+        noise = noise[:, 1:]
+
+    def predict(x: Array, t: Array) -> Array:
+        together = jnp.concatenate([x] * branches)
+        prediction = model.predict(
+            params, together, jnp.broadcast_to(t, branches * b), condition, first_inputs
+        )
+        prediction = prediction.reshape(branches, *x.shape)
+        return guide(prediction, scales.text, scales.image, scales.rescale)
+
+    latents = denoise(sampler, predict, noise, inputs.step_keys)
+    return latents if first_latents is None else jnp.concatenate([first_latents, latents], axis=1)
+
+
+class StoryPipeline:
+    """A model with weights, ready to draw: `StoryPipeline.load(folder)(sentences, seed=0)`."""
+
+    def __init__(
+        self,
+        model: StoryModel,
+        params: Parts,
+        tokenizer: Tokenizer,
+        storyflow: Sequence[float],
+        step: int | None = None,
+    ):
+        """Args: `storyflow`, the mean of the training stories; `step`, how long they were seen."""
+        self.model, self.tokenizer, self.step = model, tokenizer, step
+        self.storyflow = np.asarray(storyflow, np.float32)
+        self.mesh = make_mesh(MeshConfig())
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        # Drawing only reads: weights are held once, in the dtype they are computed with.
+        self.params = jax.device_put(
+            clamp(jax.tree.map(lambda p: jnp.asarray(p, model.dtype), params)), everywhere
+        )
+
+        def program(branches: int, params: Parts, *arguments: Any) -> tuple[Array, Array]:
+            latents = draw_latents(model, branches, params, *arguments)
+            return model.decode(params, latents), latents
+
+        self._program = jax.jit(program, static_argnums=0)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path = SHIPPED, *, weights: Weights = "ema", dtype: str = "float32"
+    ) -> StoryPipeline:
+        """Read a checkpoint folder: a training workdir, a converted one, or the model that ships.
+
+        Raises `UserError` where it is absent, incomplete or of another architecture.
+        """
+        folder = Path(folder)
+        require(dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16; got {dtype}")
+        model = StoryModel(read_model(folder), jnp.dtype(dtype))
+        params, meta = load_weights(folder, weights, model.shapes)
+        length = model.config.text_encoder.max_position_embeddings
+        tokenizer = Tokenizer(folder / "tokenizer", length)
+        return cls(model, params, tokenizer, meta["storyflow"], meta["step"])
+
+    def __call__(
+        self,
+        story: Sequence[str] | Sequence[Sequence[str]] | Sequence[Story],
+        *,
+        first_frame: UInt8[np.ndarray, "h w 3"] | None = None,
+        **options: Any,
+    ) -> UInt8[np.ndarray, "*b f h w 3"]:
+        """Draw one story, a list of sentences, or a list of stories. Options are those of `draw`.
+
+        `first_frame` is that of one story; each `Story` of a list holds its own. Stories given as
+        lists of sentences have the ids `story_0`, `story_1` and so on, one alone `story`. Raises
+        `UserError` for input that does not fit the model.
+        """
+        require(not isinstance(story, str), "a story is a list of sentences, not one string")
+        if all(isinstance(sentence, str) for sentence in story):
+            one = Story(tuple(map(str, story)), first_frame=first_frame)
+            return self.draw([one], **options).pictures[0]
+        require(first_frame is None, "first_frame is for one story; put it into each Story")
+        stories = [
+            item if isinstance(item, Story) else Story(tuple(item), id=f"story_{i}")
+            for i, item in enumerate(story)
+        ]
+        return self.draw(stories, **options).pictures
+
+    def draw(
+        self,
+        stories: Sequence[Story],
+        *,
+        seed: int = 0,
+        sampling: SamplingConfig | None = None,
+        size: tuple[int, int] | None = None,
+        storyflow: Sequence[float] | None = None,
+        batch_size: int = 8,
+        initial_latents: np.ndarray | None = None,
+        progress: Callable[[int], object] = lambda drawn: None,
+    ) -> Drawing:
+        """Draw stories in batches of one size.
+
+        Args: `seed`, in [0, 2^32); `sampling`, steps and scales, the model's own by default;
+        `size`, height and width in pixels; `storyflow`, scene changes, the training mean by
+        default; `initial_latents`, float32 (b, f, p, q, c), standard-normal-like values in place of
+        the drawn ones; `progress`, told after each batch how many stories it drew.
+        Raises `UserError` for input that does not fit the model, before anything is drawn.
+        """
+        config = self.model.config
+        height, width = size or (config.height, config.width)
+        shape = (config.unet.n_frames, *config.latent_size(height, width), config.unet.in_channels)
+        sampling = sampling or config.sampling
+        sampler = ddim(config.scheduler, sampling.steps, sampling.eta)
+        motion = self._motion(storyflow)
+        self._check(stories, height, width)
+        require(0 <= seed < 2**32, f"seed must be in 0..{2**32 - 1}; got {seed}")
+        require(batch_size >= 1, f"batch size must be at least 1; got {batch_size}")
+        require(
+            sampling.image_guidance_scale <= 1 or config.unet.is_continuation,
+            "image_guidance_scale above 1 needs a continuation model; leave it at 1",
+        )
+        if initial_latents is not None:
+            _check_latents(initial_latents, (len(stories), *shape))
+        # Every batch has one size, so that one program serves: the last story fills the last batch.
+        batch_size = -(-min(batch_size, len(stories)) // self.mesh.size) * self.mesh.size
+        pictures, latents = [], []
+        for start in range(0, len(stories), batch_size):
+            chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
+            real = min(batch_size, len(stories) - start)
+            inputs = self._inputs([stories[i] for i in chosen], seed, shape)
+            if initial_latents is not None:
+                inputs = inputs._replace(noise=self._place(initial_latents[chosen]))
+            drawn = self._run(inputs, motion, sampler, sampling)
+            pictures.append(np.asarray(drawn[0])[:real])
+            latents.append(np.asarray(drawn[1])[:real])
+            progress(real)
+        return Drawing(np.concatenate(pictures), np.concatenate(latents))
+
+    def _check(self, stories: Sequence[Story], height: int, width: int) -> None:
+        unet = self.model.config.unet
+        require(len(stories) > 0, "no stories to draw")
+        for story in stories:
+            name, picture = f"story {story.id!r}", story.first_frame
+            require(
+                len(story.sentences) == unet.n_frames,
+                f"{name} has {len(story.sentences)} sentences; this model draws {unet.n_frames}",
+            )
+            require(
+                unet.is_continuation or picture is None,
+                f"{name} has a first frame, but the model draws from sentences alone; leave it out",
+            )
+            require(
+                not unet.is_continuation or picture is not None,
+                f"{name} has no first frame, but the model continues from one; give a picture",
+            )
+            require(
+                picture is None
+                or (picture.shape == (height, width, 3) and picture.dtype == np.uint8),
+                f"{name}: the first frame must be uint8 of shape {height} x {width} x 3",
+            )
+
+    def _motion(self, storyflow: Sequence[float] | None) -> Float32[np.ndarray, " m"]:
+        if storyflow is None:
+            return self.storyflow
+        unet = self.model.config.unet
+        require(
+            unet.use_motion_condition, "this model has no StoryFlow Adapter; leave storyflow out"
+        )
+        motion = np.asarray(storyflow, np.float32)
+        require(
+            motion.shape in ((unet.n_frames - 1,), (unet.n_frames,))
+            and bool(np.all((motion >= 0) & (motion < np.inf))),
+            f"storyflow must be {unet.n_frames - 1} finite numbers, one from each frame to the next"
+            f" (or {unet.n_frames}), at least 0; got {motion.tolist()}",
+        )
+        return motion
+
+    def _place(self, array: Any) -> jax.Array:
+        return jax.device_put(array, NamedSharding(self.mesh, BATCH))
+
+    def _inputs(
+        self, stories: Sequence[Story], seed: int, shape: tuple[int, int, int, int]
+    ) -> Inputs:
+        ids = np.stack([self.tokenizer(story.sentences) for story in stories])
+        keys = jnp.stack([story_key(seed, story.id) for story in stories])
+        noise_keys, step_keys, frame_keys = jax.vmap(
+            lambda key: jax.random.split(key, 3), out_axes=1
+        )(keys)
+        noise = jax.vmap(lambda key: story_noise(key, shape, self.model.config.noise))(noise_keys)
+        given = [story.first_frame for story in stories if story.first_frame is not None]
+        first_frames = np.stack(given)[:, None] if given else None
+        return jax.tree.map(self._place, Inputs(ids, noise, step_keys, frame_keys, first_frames))
+
+    def _run(
+        self,
+        inputs: Inputs,
+        motion: Float32[np.ndarray, " m"],
+        sampler: Sampler,
+        sampling: SamplingConfig,
+    ) -> tuple[Array, Array]:
+        branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
+        null_ids = self.tokenizer([""])[0]
+        scales = Scales(
+            jnp.float32(sampling.guidance_scale),
+            jnp.float32(sampling.image_guidance_scale),
+            jnp.float32(sampling.guidance_rescale),
+        )
+        return self._program(branches, self.params, inputs, null_ids, motion, sampler, scales)
+
+
+def _check_latents(latents: np.ndarray, shape: tuple[int, ...]) -> None:
+    require(
+        latents.shape == shape and latents.dtype == np.float32,
+        f"initial latents must be float32 of shape {shape} (stories, frames, h, w, c); "
+        f"got {latents.dtype} of shape {latents.shape}",
+    )
+    require(bool(np.isfinite(latents).all()), "initial latents must be finite; draw them anew")

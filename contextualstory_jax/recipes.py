@@ -1,0 +1,58 @@
+"""Reading a recipe: a Python file whose `get_config()` returns an `ml_collections.ConfigDict`."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from contextualstory_jax.config import TrainConfig, build, require
+from contextualstory_jax.errors import UserError
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The recipe in a file, with overrides `key.key=value` applied.
+
+    Raises `UserError` where the file is missing or no recipe, a key is unknown, or a value is out of range.
+    """
+    require(Path(path).is_file(), f"no recipe {path}; configs/ holds the recipes there are")
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except KeyError as error:
+        raise UserError(f"{path} has no get_config()") from error
+    except UserError:
+        raise
+    except Exception as error:  # a recipe is the user's own code
+        raise UserError(f"{path} fails: {type(error).__name__}: {error}".splitlines()[0]) from error
+    return train_config(config, overrides)
+
+
+def train_config(
+    config: ConfigDict | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """A recipe's mapping as the dataclass that code uses."""
+    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        require(
+            bool(separator) and bool(key), f"override {override!r} is not of the form key=value"
+        )
+        *parents, last = key.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            require(isinstance(inner, dict), f"config key {key}: {parent} holds no keys")
+        inner[last] = _value(text)
+    return build(TrainConfig, values)
+
+
+def _value(text: str) -> Any:
+    """A Python literal where it is one, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "null": None}.get(text, text)

@@ -1,0 +1,55 @@
+"""Where the numbers of a run go: console, `metrics.jsonl` and TensorBoard (tensorboardX, without TensorFlow)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from contextualstory_jax.checkpoint import write_text
+
+
+class ScalarWriter:
+    """Appends one JSON object a call to `metrics.jsonl`, and the same values to TensorBoard.
+
+    A run that starts again at `first_step` takes back what was written of later steps, so that the curves have neither
+    gap nor repeat.
+    """
+
+    def __init__(self, workdir: Path, first_step: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = workdir / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step(line) <= first_step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+        self._file = self.path.open("a", buffering=1)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record the values of one step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Show a picture in TensorBoard."""
+        self._board.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        self._board.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity for a line that a kill cut short."""
+    try:
+        record: Any = json.loads(line)
+        return record["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
