@@ -1,0 +1,28 @@
+"""ContextualStory in JAX and Flax NNX: from five sentences, five pictures that belong together."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contextualstory_jax.errors import UserError
+    from contextualstory_jax.pipeline import Story, StoryPipeline
+    from contextualstory_jax.train import train_and_evaluate
+
+__version__ = "0.1.0"
+__all__ = ["Story", "StoryPipeline", "UserError", "train_and_evaluate"]
+
+_HOMES = {
+    "Story": "pipeline",
+    "StoryPipeline": "pipeline",
+    "UserError": "errors",
+    "train_and_evaluate": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing JAX takes seconds, and --help of a command, which comes by here, must not wait.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -7,20 +7,20 @@
         progress                     optimizer state and counters, for going on
         meta                         JSON: step, StoryFlow mean
 
-A step's folder is written whole or not at all. Shapes and dtypes are checked before anything is read, because orbax
-casts a wrong dtype without a word.
+A step's folder is written whole or not at all. Shapes and dtypes are checked before anything is
+read, because orbax casts a wrong dtype without a word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,16 +30,14 @@ from contextualstory_jax.config import ModelConfig, build, require
 from contextualstory_jax.errors import UserError
 
 FORMAT = 1
-Weights = Literal["ema", "raw"]
+ITEMS = ("params", "ema_params", "frozen", "progress")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def write_model(folder: Path, config: ModelConfig, tokenizer_folder: Path) -> None:
@@ -51,7 +49,7 @@ def write_model(folder: Path, config: ModelConfig, tokenizer_folder: Path) -> No
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "model.json").exists():
-            _refuse_another(folder, _read_json(folder / "model.json")["model"], values)
+            _refuse_another(folder, _model_values(folder), values)
             return
         shutil.copytree(tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
         write_text(folder / "model.json", json.dumps({"format": FORMAT, "model": values}, indent=2))
@@ -73,13 +71,21 @@ def _refuse_another(folder: Path, theirs: Any, ours: Any, name: str = "model") -
         )
 
 
-def _read_json(path: Path) -> dict:
+def _model_values(folder: Path) -> dict[str, Any]:
+    path = folder / "model.json"
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); the checkpoint folder is damaged"
         ) from error
+    require(
+        isinstance(values, dict)
+        and values.get("format") == FORMAT
+        and isinstance(values.get("model"), dict),
+        f"{path} does not describe a model in format {FORMAT}, which this version reads",
+    )
+    return values["model"]
 
 
 def read_model(folder: Path) -> ModelConfig:
@@ -93,24 +99,27 @@ def read_model(folder: Path) -> ModelConfig:
         f"{folder} is not a checkpoint folder: model.json is missing; "
         "give a training workdir or what convert_weights.py wrote",
     )
-    values = _read_json(folder / "model.json")
-    require(
-        values.get("format") == FORMAT and isinstance(values.get("model"), dict),
-        f"{folder}/model.json has format {values.get('format')!r}; this version reads format {FORMAT}",
-    )
-    return build(ModelConfig, values["model"], "model.")
+    values = _model_values(folder)
+    try:
+        return build(ModelConfig, values, "model.")
+    except UserError as error:
+        raise UserError(f"{folder / 'model.json'}: {error}") from error
 
 
 class Checkpoints:
-    """The numbered checkpoints of a folder. Use as a context manager: leaving it waits for writes."""
+    """The numbered checkpoints of a folder; as a context manager, it waits for writes at the end.
+
+    `keep` is how many there may be; without it nothing is to be saved.
+    """
 
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder = folder
+        # By name, because a new manager does not know what an item it has not saved consists of.
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         self._manager = ocp.CheckpointManager(
             (folder / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=keep is not None, read_only=keep is None
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
+            item_handlers={"meta": ocp.JsonCheckpointHandler(), **handlers},
         )
 
     def __enter__(self) -> Checkpoints:
@@ -140,43 +149,42 @@ class Checkpoints:
         )
 
     def meta(self, step: int) -> dict:
-        """The JSON of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-            "meta"
-        ]
+        """The JSON of a checkpoint. Raises `UserError` where it is missing or damaged."""
+        with self._reading(step):
+            wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=wanted)["meta"]
 
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """Read items by name into trees of ShapeDtypeStructs (with shardings, where not on one device).
+        """Read items by name into trees of ShapeDtypeStructs, with shardings if not for one device.
 
         Raises `UserError` where an item is missing, damaged, or has other names, shapes or dtypes.
         """
         wanted = {name: tree for name, tree in targets.items() if jax.tree.leaves(tree)}
-        where = f"checkpoint {step} of {self.folder}"
-        try:
-            found = {name: self._manager.item_metadata(step)[name] for name in wanted}
+        with self._reading(step):
+            found = self._manager.item_metadata(step)
             for name, tree in wanted.items():
-                require(found[name] is not None, f"{where} has no {name}")
-                _check(
-                    where,
-                    name,
-                    tree,
-                    found[name].tree if hasattr(found[name], "tree") else found[name],
-                )
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-                ),
-            )
+                where = f"checkpoint {step} of {self.folder}, {name}"
+                require(found[name] is not None, f"{where}: missing or damaged")
+                _check(where, tree, found[name].tree)
+            arguments = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        return {name: restored[name] if name in wanted else tree for name, tree in targets.items()}
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except UserError:
             raise
         except Exception as error:  # orbax raises whatever its storage does
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise UserError(f"{where} is damaged or incomplete: {reason}") from error
-        return {name: restored[name] if name in wanted else tree for name, tree in targets.items()}
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise UserError(
+                f"checkpoint {step} of {self.folder} is damaged or incomplete ({reason}); "
+                "remove it or copy it anew"
+            ) from error
 
 
-def _check(where: str, item: str, wanted: Any, found: Any) -> None:
+def _check(where: str, wanted: Any, found: Any) -> None:
     def table(tree: Any) -> dict[str, tuple]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(
             tree, is_leaf=lambda x: hasattr(x, "shape")
@@ -200,15 +208,16 @@ def _check(where: str, item: str, wanted: Any, found: Any) -> None:
     shown = "; ".join(sorted(problems)[:3]) + (
         f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     )
-    require(not problems, f"{where}, {item}: {shown}")
+    require(not problems, f"{where} does not fit this model: {shown}")
 
 
-def load_weights(folder: Path, weights: Weights, shapes: Mapping[str, Any]) -> tuple[dict, dict]:
+def load_weights(folder: Path, weights: str, shapes: Mapping[str, Any]) -> tuple[dict, dict]:
     """All parameters of the newest checkpoint, as stored, and its meta.
 
-    `weights` chooses the average of the trained parameters or the last values. Raises `UserError` where there is no
-    checkpoint, or none with these weights, or it does not fit `shapes`.
+    `weights`: `ema`, the average of the trained parameters, or `raw`, their last values. Raises
+    `UserError` where there is no checkpoint, none with these weights, or it does not fit `shapes`.
     """
+    require(weights in ("ema", "raw"), f"weights must be ema or raw; got {weights!r}")
     require(
         (folder / "checkpoints").is_dir(),
         f"{folder} has no checkpoints yet; train it, or name another",
@@ -246,7 +255,7 @@ def load_weights(folder: Path, weights: Weights, shapes: Mapping[str, Any]) -> t
     ]
     require(
         not missing,
-        f"checkpoint {step} of {folder} lacks {len(missing)} parameters, {missing[:1]} first",
+        f"checkpoint {step} of {folder} lacks {len(missing)} parameters: {', '.join(missing[:3])}",
     )
     return params, meta
 
@@ -257,7 +266,6 @@ def contents(items: Mapping[str, Any]) -> dict[str, dict]:
         name: {
             part: {leaf: str(a.dtype) for leaf, a in leaves.items()}
             for part, leaves in tree.items()
-            if leaves
         }
         for name, tree in items.items()
         if jax.tree.leaves(tree)
@@ -271,12 +279,20 @@ def write_weights(
     items: Mapping[str, Any],
     meta: Mapping[str, Any],
 ) -> None:
-    """Make a checkpoint folder for drawing: `items` any of params, ema_params and frozen, as NumPy or JAX arrays.
+    """Make a checkpoint folder for drawing.
 
-    `meta` needs `step` and `storyflow`, the mean scene changes. `model.json` is written last, so that a folder that was
-    interrupted is not taken for whole. Raises `UserError` where the folder cannot be written.
+    Args: `items`, any of params, ema_params and frozen, as NumPy or JAX arrays; `meta`, with `step`
+    and `storyflow`, the mean scene changes.
+    Raises `UserError` where the folder cannot be written or has a checkpoint.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
+    require(not (folder / "model.json").exists(), f"{folder} holds a model; choose another folder")
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(meta["step"], items, {**meta, "items": contents(items)})
+    # Last, so that a folder whose writing was interrupted is not taken for whole.
     write_model(folder, config, tokenizer_folder)

@@ -68,9 +68,12 @@ class StoryModel:
         b, f = pictures.shape[:2]
         codec = self.vae.bind(params["vae"], self.dtype)
         moments = codec.encode(pictures_to_float(pictures).reshape(b * f, *pictures.shape[2:]))
-        moments = jax.tree.map(lambda x: x.astype(jnp.float32).reshape(b, f, *x.shape[1:]), moments)
-        noise = jax.vmap(lambda key: jax.random.normal(key, moments.mean.shape[1:]))(keys)
-        return sample_latents(moments, noise, self.config.vae.scaling_factor)
+        moments = jax.tree.map(lambda x: x.astype(jnp.float32), moments)
+        shape = moments.mean.shape[1:]
+        noise = jax.vmap(lambda key: jax.random.normal(key, (f, *shape)))(keys)
+        noise = noise.reshape(b * f, *shape)
+        latents = sample_latents(moments, noise, self.config.vae.scaling_factor)
+        return latents.reshape(b, f, *shape)
 
     def decode(
         self, params: Parts, latents: Float[Array, "b f p q c"]

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 
-from contextualstory_jax.checkpoint import Weights, load_weights, read_model
+from contextualstory_jax.checkpoint import load_weights, read_model
 from contextualstory_jax.config import MeshConfig, SamplingConfig, require
 from contextualstory_jax.diffusion.guidance import guide, num_branches
 from contextualstory_jax.diffusion.noise import story_noise
@@ -145,7 +145,7 @@ class StoryPipeline:
 
     @classmethod
     def load(
-        cls, folder: str | Path = SHIPPED, *, weights: Weights = "ema", dtype: str = "float32"
+        cls, folder: str | Path = SHIPPED, *, weights: str = "ema", dtype: str = "float32"
     ) -> StoryPipeline:
         """Read a checkpoint folder: a training workdir, a converted one, or the model that ships.
 
@@ -278,14 +278,14 @@ class StoryPipeline:
     def _inputs(
         self, stories: Sequence[Story], seed: int, shape: tuple[int, int, int, int]
     ) -> Inputs:
-        ids = np.stack([self.tokenizer(story.sentences) for story in stories])
+        ids = jnp.stack([self.tokenizer(story.sentences) for story in stories])
         keys = jnp.stack([story_key(seed, story.id) for story in stories])
         noise_keys, step_keys, frame_keys = jax.vmap(
             lambda key: jax.random.split(key, 3), out_axes=1
         )(keys)
         noise = jax.vmap(lambda key: story_noise(key, shape, self.model.config.noise))(noise_keys)
         given = [story.first_frame for story in stories if story.first_frame is not None]
-        first_frames = np.stack(given)[:, None] if given else None
+        first_frames = jnp.stack(given)[:, None] if given else None
         return jax.tree.map(self._place, Inputs(ids, noise, step_keys, frame_keys, first_frames))
 
     def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +13,22 @@ from contextualstory_jax.errors import UserError
 
 
 class Tokenizer:
-    """A CLIP tokenizer read from a folder; pads, and truncates, to the text tower's length."""
+    """A CLIP tokenizer read from a folder; pads, and truncates, to the text tower's length.
+
+    Raises `UserError` where the folder holds none, or a damaged one.
+    """
 
     def __init__(self, folder: Path, length: int):
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing
         from transformers import CLIPTokenizer  # takes a second to import
 
         if not (folder / "tokenizer_config.json").is_file():
             raise UserError(f"no tokenizer in {folder}: tokenizer_config.json is missing")
         self.folder, self.length = folder, length
-        self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # the parser, in Rust, raises nothing narrower
+            raise UserError(f"the tokenizer in {folder} is damaged; copy it anew") from error
 
     def __call__(self, sentences: Sequence[str]) -> Int32[np.ndarray, "n l"]:
         """Token ids, padding included."""

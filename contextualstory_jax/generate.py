@@ -1,0 +1,202 @@
+"""`python -m contextualstory_jax.generate`: stories in, pictures out; `--help` lists the rest."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from contextualstory_jax import __version__
+from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.config import SamplingConfig, require
+from contextualstory_jax.errors import UserError
+from contextualstory_jax.output import check_writable, write_json, write_latents, write_story
+from contextualstory_jax.stories import (
+    StoryText,
+    check_sentence,
+    folder_name,
+    read_jsonl,
+    read_picture,
+    read_txt,
+)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's arguments; those that default to the checkpoint's own values are None."""
+    parser = ArgumentParser(
+        prog="python -m contextualstory_jax.generate",
+        description="Draw stories: OUT/ID/frame_0.png and so on, grid.png and story.gif of each, "
+        "and OUT/stories.json, which says how. The same command draws the same pictures.",
+        epilog="Where no default is given it is the checkpoint's own.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="DIR", help="default: the model that ships")
+    add("--out", type=Path, metavar="DIR", required=True, help="made where it is not there")
+    stories = parser.add_mutually_exclusive_group(required=True)
+    stories.add_argument("--story", type=Path, metavar="FILE.txt", help="a sentence a line")
+    stories.add_argument(
+        "--stories",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='a story a line, {"id": "...", "sentences": ["...", ...]}, and "first_frame": "path", '
+        "from the file's folder, for continuation; a folder is named by the id, "
+        "with _ for all but letters, digits, '.', '_' and '-'",
+    )
+    stories.add_argument(
+        "--sentence", action="extend", nargs="+", metavar="S", help="one for each picture"
+    )
+    add(
+        "--first-frame",
+        type=Path,
+        metavar="PICTURE",
+        help="to continue from, with --story or --sentence; cropped in the middle to the shape",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="with the id it decides a story's noise")
+    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("--guidance-scale", type=float, metavar="G", help="how much text counts; up to 1: unguided")
+    add("--image-guidance-scale", type=float, metavar="G", help="the same for the first frame")
+    add("--guidance-rescale", type=float, metavar="R", help="0 to 1, against overexposure")
+    add("--eta", type=float, metavar="E", help="share of new noise in each step, 0 to 1")
+    add("--height", type=int, metavar="H", help="pixels")
+    add("--width", type=int, metavar="W", help="pixels")
+    add(
+        "--storyflow",
+        type=_numbers,
+        metavar="M1,M2,M3,M4",
+        help="how much the scene changes from each frame to the next; default: as in training",
+    )
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or last; default: ema")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    add("--batch-size", type=int, default=8, metavar="N", help="stories at once; default: 8")
+    latents = "float32 (stories, frames, h, w, c)"
+    add("--initial-latents", type=Path, metavar="FILE.npy", help=f"start from these; {latents}")
+    add("--save-latents", type=Path, metavar="FILE.npy", help=f"write the final ones; {latents}")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Raises `UserError` for bad input, before anything is written."""
+    arguments = parse(argv)
+    texts = read_stories(arguments)
+    check_writable(arguments.out)
+    if arguments.save_latents:
+        check_writable(arguments.save_latents.parent)
+    # JAX takes seconds to import, and neither --help nor a mistake need wait for it.
+    from contextualstory_jax.compilation import use_compilation_cache
+    from contextualstory_jax.pipeline import SHIPPED, Story, StoryPipeline
+
+    use_compilation_cache()
+    checkpoint = arguments.checkpoint or SHIPPED
+    pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
+    config = pipeline.model.config
+    height = config.height if arguments.height is None else arguments.height
+    width = config.width if arguments.width is None else arguments.width
+    config.latent_size(height, width)  # refuses a size before pictures are brought to it
+    stories = [
+        Story(t.sentences, t.id, t.first_frame and read_picture(t.first_frame, height, width))
+        for t in texts
+    ]
+    sampling = override(config.sampling, arguments)
+    with tqdm(
+        total=len(stories),
+        unit="story",
+        delay=0.5,  # seconds, in which bad input is refused: an error stands alone
+        disable=len(stories) <= arguments.batch_size,
+    ) as bar:
+        drawing = pipeline.draw(
+            stories,
+            seed=arguments.seed,
+            sampling=sampling,
+            size=(height, width),
+            storyflow=arguments.storyflow,
+            batch_size=arguments.batch_size,
+            initial_latents=arguments.initial_latents and read_latents(arguments.initial_latents),
+            progress=bar.update,
+        )
+    for text, pictures in zip(texts, drawing.pictures, strict=True):
+        folder = arguments.out / folder_name(text.id)
+        write_story(folder, pictures, text.sentences, arguments.seed)
+    if arguments.save_latents:
+        write_latents(arguments.save_latents, drawing.latents)
+    write_json(
+        arguments.out / "stories.json",
+        {
+            "checkpoint": {"path": str(checkpoint), "step": pipeline.step},
+            "versions": {
+                "contextualstory_jax": __version__,
+                **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
+            },
+            "seed": arguments.seed,
+            "settings": {
+                **dataclasses.asdict(sampling),
+                "height": height,
+                "width": width,
+                "storyflow": arguments.storyflow or pipeline.storyflow.tolist(),
+                "weights": arguments.weights,
+                "dtype": arguments.dtype,
+                "initial_latents": arguments.initial_latents and str(arguments.initial_latents),
+            },
+            "stories": [describe(text) for text in texts],
+        },
+    )
+    print(f"{len(texts)} {'story' if len(texts) == 1 else 'stories'} in {arguments.out}")
+
+
+def read_stories(arguments: argparse.Namespace) -> list[StoryText]:
+    """The stories to draw. Raises `UserError` for those that are not right."""
+    if arguments.stories:
+        require(
+            arguments.first_frame is None,
+            '--first-frame goes with --story or --sentence; in --stories a line has "first_frame"',
+        )
+        return read_jsonl(arguments.stories)
+    if arguments.story:
+        story = read_txt(arguments.story)
+    else:
+        story = StoryText(tuple(check_sentence(s, "--sentence") for s in arguments.sentence))
+    return [story._replace(first_frame=arguments.first_frame)]
+
+
+def override(sampling: SamplingConfig, arguments: argparse.Namespace) -> SamplingConfig:
+    """The checkpoint's way of sampling, with what the user says."""
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    given = {name: getattr(arguments, name) for name in names}
+    return dataclasses.replace(sampling, **{k: v for k, v in given.items() if v is not None})
+
+
+def read_latents(path: Path) -> np.ndarray:
+    """The array of a `.npy` file. Raises `UserError` where it is missing or none."""
+    try:
+        latents = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} cannot be read as a .npy file of numbers; name another") from error
+    require(isinstance(latents, np.ndarray), f"{path} holds several arrays; name a .npy file")
+    return latents
+
+
+def describe(story: StoryText) -> dict[str, Any]:
+    """A story's entry in `stories.json`."""
+    return {
+        "id": story.id,
+        "folder": folder_name(story.id),
+        "sentences": story.sentences,
+        "first_frame": story.first_frame and str(story.first_frame),
+    }
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from None
+
+
+if __name__ == "__main__":
+    run(main)

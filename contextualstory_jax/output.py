@@ -1,0 +1,110 @@
+"""Drawn stories on disk: each file and folder appears whole or not at all, with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from contextualstory_jax.config import require
+from contextualstory_jax.errors import UserError
+
+GIF_MILLISECONDS = 800  # a frame
+GRID_GAP = 2  # pixels of white between the frames of a grid
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `UserError` where a folder could not be made or written to; changes nothing."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    require(
+        existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        f"cannot write to {folder}: {existing} is not a folder one may write to; choose another",
+    )
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write a file or a folder at, which then takes the place of `path`.
+
+    In a folder that is there already the files are replaced one by one, and others stay. Raises
+    `UserError` where writing fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.is_dir():
+            for file in temporary.iterdir():
+                file.replace(path / file.name)
+            temporary.rmdir()
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose another place"
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        elif temporary.is_file():
+            temporary.unlink()
+
+
+def write_story(
+    folder: Path, pictures: UInt8[np.ndarray, "f h w 3"], sentences: Sequence[str], seed: int
+) -> None:
+    """Write `frame_0.png` and so on, `grid.png` and `story.gif`; PNGs tell seed and sentence.
+
+    Raises `UserError` where the folder cannot be written.
+    """
+    images = [Image.fromarray(picture) for picture in pictures]
+    with whole(folder) as temporary:
+        temporary.mkdir()
+        for i, (image, sentence) in enumerate(zip(images, sentences, strict=True)):
+            image.save(temporary / f"frame_{i}.png", pnginfo=_text(seed, sentence))
+        grid = Image.fromarray(_grid(pictures))
+        grid.save(temporary / "grid.png", pnginfo=_text(seed, "\n".join(sentences)))
+        images[0].save(
+            temporary / "story.gif",
+            save_all=True,
+            append_images=images[1:],
+            duration=GIF_MILLISECONDS,
+            loop=0,
+        )
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write indented JSON. Raises `UserError` where it cannot be written."""
+    with whole(path) as temporary:
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_latents(path: Path, latents: Float32[np.ndarray, "b f p q c"]) -> None:
+    """Write a `.npy` file. Raises `UserError` where it cannot be written."""
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.save(file, latents)
+
+
+def _text(seed: int, sentence: str) -> PngInfo:
+    info = PngInfo()
+    info.add_text("seed", str(seed))
+    info.add_text("sentence", sentence)
+    return info
+
+
+def _grid(pictures: UInt8[np.ndarray, "f h w 3"]) -> UInt8[np.ndarray, "h _ 3"]:
+    """The frames side by side."""
+    framed = np.pad(pictures, ((0, 0), (0, 0), (0, GRID_GAP), (0, 0)), constant_values=255)
+    return np.concatenate(list(framed), axis=1)[:, :-GRID_GAP]

@@ -1,0 +1,287 @@
+"""The command that draws: what it writes, and what it refuses before it writes anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import contextualstory_jax
+from contextualstory_jax import UserError, generate
+from contextualstory_jax.cli import run
+
+SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
+SAID = ["--sentence", *SENTENCES]
+FRAMES = [f"frame_{i}.png" for i in range(5)]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def frame(folder: Path, i: int) -> np.ndarray:
+    with Image.open(folder / f"frame_{i}.png") as image:
+        return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes of five sentences with seed 3."""
+    out = tmp_path_factory.mktemp("drawn") / "out"
+    latents = out.parent / "latents.npy"
+    generate.main(
+        ["--checkpoint", str(tiny_checkpoint), "--out", str(out), "--seed", "3"]
+        + [argument for sentence in SENTENCES for argument in ("--sentence", sentence)]
+        + ["--save-latents", str(latents)]
+    )
+    return out
+
+
+def test_five_sentences_become_pictures_a_grid_and_an_animation(drawn):
+    assert files(drawn).keys() == {
+        "stories.json",
+        *(f"story/{name}" for name in (*FRAMES, "grid.png", "story.gif")),
+    }
+    with Image.open(drawn / "story" / "frame_2.png") as image:
+        assert image.size == (16, 16)
+        assert image.text == {"seed": "3", "sentence": SENTENCES[2]}
+
+
+def test_stories_json_says_how_they_were_drawn(drawn, tiny_checkpoint):
+    found = json.loads((drawn / "stories.json").read_text())
+
+    assert found.pop("versions").keys() == {"contextualstory_jax", "jax", "flax"}
+    assert found == {
+        "checkpoint": {"path": str(tiny_checkpoint), "step": 0},
+        "seed": 3,
+        "settings": {
+            "steps": 2,
+            "guidance_scale": 2.0,
+            "image_guidance_scale": 1.0,
+            "guidance_rescale": 0.0,
+            "eta": 0.0,
+            "height": 16,
+            "width": 16,
+            "storyflow": [5.0, 5.0, 5.0, 5.0],
+            "weights": "ema",
+            "dtype": "float32",
+            "initial_latents": None,
+        },
+        "stories": [
+            {
+                "id": "story",
+                "folder": "story",
+                "sentences": list(SENTENCES),
+                "first_frame": None,
+            }
+        ],
+    }
+
+
+def test_the_same_command_gives_the_same_bytes(drawn, tiny_checkpoint, tmp_path):
+    (tmp_path / "story.txt").write_text("\n".join(SENTENCES))
+
+    generate.main(
+        ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--seed", "3"]
+        + ["--story", str(tmp_path / "story.txt")]
+    )
+
+    assert files(tmp_path / "out") == files(drawn)
+
+
+def test_drawing_again_into_the_same_folder_replaces_the_story(drawn, tiny_checkpoint, tmp_path):
+    for seed in ("1", "3"):
+        generate.main(
+            ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path), *SAID, "--seed", seed]
+        )
+        if seed == "1":
+            other = files(tmp_path)
+
+    assert files(tmp_path) == files(drawn)
+    assert all(other[name] != data for name, data in files(drawn).items())
+
+
+def test_latents_are_saved_and_may_be_given(drawn, tiny_checkpoint, tmp_path):
+    saved = np.load(drawn.parent / "latents.npy")
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).normal(size=saved.shape).astype("f4"))
+
+    generate.main(
+        ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out"), *SAID]
+        + ["--initial-latents", str(tmp_path / "noise.npy"), "--seed", "3"]
+    )
+
+    assert (saved.shape, saved.dtype) == ((1, 5, 4, 4, 48), np.float32)
+    assert not np.array_equal(frame(tmp_path / "out" / "story", 0), frame(drawn / "story", 0))
+
+
+def test_a_jsonl_file_gives_a_folder_a_story(tiny_checkpoint, tmp_path, capsys):
+    lines = [json.dumps({"id": id, "sentences": SENTENCES}) for id in ("s1/a", "b", "c")]
+    (tmp_path / "stories.jsonl").write_text("\n".join(lines) + "\n")
+
+    generate.main(
+        ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
+        + ["--stories", str(tmp_path / "stories.jsonl"), "--batch-size", "2"]
+        + ["--storyflow", "1,2,3.5,4", "--guidance-scale", "3"]
+    )
+
+    told = json.loads((tmp_path / "out" / "stories.json").read_text())
+    assert [story["folder"] for story in told["stories"]] == ["s1_a", "b", "c"]
+    assert told["settings"]["storyflow"] == [1.0, 2.0, 3.5, 4.0]
+    assert told["settings"]["guidance_scale"] == 3.0
+    for folder in ("s1_a", "b", "c"):
+        assert {path.name for path in (tmp_path / "out" / folder).glob("frame_*")} == set(FRAMES)
+    assert capsys.readouterr().out == f"3 stories in {tmp_path / 'out'}\n"
+
+
+def test_a_continuation_model_goes_on_from_a_picture(tiny_continuation_checkpoint, tmp_path):
+    Image.new("L", (64, 48), 200).save(tmp_path / "first.png")
+    line = {"id": "a", "sentences": SENTENCES, "first_frame": "first.png"}
+    (tmp_path / "stories.jsonl").write_text(json.dumps(line))
+
+    generate.main(
+        ["--checkpoint", str(tiny_continuation_checkpoint), "--out", str(tmp_path / "out")]
+        + ["--stories", str(tmp_path / "stories.jsonl")]
+    )
+
+    first = frame(tmp_path / "out" / "a", 0)
+    assert np.max(np.abs(first.astype(int) - 200)) <= 1
+    told = json.loads((tmp_path / "out" / "stories.json").read_text())
+    assert told["stories"][0]["first_frame"] == str(tmp_path / "first.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --story --stories --sentence is required; see --help"),
+        (["--sentence", "A cat.", "--story", "a.txt"], "not allowed with argument"),
+        (SAID + ["--step", "5"], "unrecognized arguments: --step 5"),
+        (SAID + ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (SAID + ["--storyflow", "1,2,x"], "argument --storyflow: '1,2,x' is not numbers"),
+        (SAID + ["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (SAID[:-1] + [" "], "--sentence: a sentence is blank"),
+        (["--story", "none.txt"], "cannot read none.txt"),
+        (["--story", "empty.txt"], "empty.txt is empty"),
+        (["--stories", "broken.jsonl"], "broken.jsonl:2 is not JSON"),
+        (["--stories", "a.jsonl", "--first-frame", "a.png"], "--first-frame goes with --story"),
+        (SAID + ["--checkpoint", "none"], "no checkpoint folder none"),
+        (SAID + ["--checkpoint", "."], ". is not a checkpoint folder: model.json is missing"),
+        (SAID + ["--out", "empty.txt/out"], "cannot write to empty.txt/out"),
+        (SAID + ["--save-latents", "empty.txt/a.npy"], "cannot write to empty.txt"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("broken.jsonl").write_text(json.dumps({"id": "a", "sentences": SENTENCES}) + "\n{")
+    before = files(tmp_path)
+
+    with pytest.raises(UserError, match=message):
+        generate.main(["--out", "out", *arguments])
+
+    assert files(tmp_path) == before
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (SAID[:5], "story 'story' has 4 sentences; this model draws 5"),
+        (SAID + ["--first-frame", "text.png"], "text.png cannot be read as a picture"),
+        (SAID + ["--first-frame", "a.png"], "has a first frame, but .* leave it out"),
+        (SAID + ["--height", "18"], "multiples of 4 for this model; got 18 x 16"),
+        (SAID + ["--height", "0", "--first-frame", "a.png"], "got 0 x 16"),
+        (SAID + ["--weights", "raw"], "holds no raw weights; give --weights ema"),
+        (SAID + ["--steps", "0"], "steps must be at least 1; got 0"),
+        (SAID + ["--guidance-scale", "nan"], "guidance_scale must be finite"),
+        (SAID + ["--image-guidance-scale", "2"], "needs a continuation model"),
+        (SAID + ["--seed", "-1"], "seed must be in"),
+        (SAID + ["--initial-latents", "none.npy"], "none.npy cannot be read"),
+        (SAID + ["--initial-latents", "text.png"], "text.png cannot be read as a .npy file"),
+        (SAID + ["--initial-latents", "pickled.npy"], "pickled.npy cannot be read"),
+        (SAID + ["--initial-latents", "several.npz"], "several.npz holds several arrays"),
+        (SAID + ["--initial-latents", "double.npy"], "must be float32 .* got float64"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(
+    tiny_checkpoint, tmp_path, monkeypatch, capfd, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("text.png").write_text("no picture, no array")
+    Image.new("RGB", (8, 8)).save("a.png")
+    np.save("double.npy", np.zeros((1, 5, 4, 4, 48)))
+    np.save("pickled.npy", np.array([{}], object), allow_pickle=True)
+    np.savez("several.npz", a=np.zeros(1))
+
+    with pytest.raises(UserError, match=message):
+        generate.main(["--checkpoint", str(tiny_checkpoint), "--out", "out", *arguments])
+
+    assert not Path("out").exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_continuation_model_needs_a_first_frame(tiny_continuation_checkpoint, tmp_path):
+    with pytest.raises(UserError, match="has no first frame, but .* give a picture"):
+        generate.main(
+            ["--checkpoint", str(tiny_continuation_checkpoint), "--out", str(tmp_path), *SAID]
+        )
+
+
+def test_bad_input_is_one_line_on_stderr_and_status_2(tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "contextualstory_jax.generate", *SAID[:2]]
+
+    done = subprocess.run(
+        [*command, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+    )
+
+    expected = "error: story 'story' has 1 sentences; this model draws 5\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_an_error_of_several_lines_is_printed_as_one(capsys):
+    def main() -> None:
+        raise UserError("first\nsecond")
+
+    with pytest.raises(SystemExit, match="2"):
+        run(main)
+
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_help_comes_without_importing_jax():
+    script = """
+import sys
+from contextualstory_jax import generate
+try:
+    generate.main(["--help"])
+finally:
+    assert not {"jax", "flax", "orbax", "transformers"} & sys.modules.keys()
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--initial-latents FILE.npy" in done.stdout
+
+
+def test_the_packages_names_are_there_and_no_others():
+    assert contextualstory_jax.StoryPipeline.__name__ == "StoryPipeline"
+    assert callable(contextualstory_jax.train_and_evaluate)
+    with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
+        _ = contextualstory_jax.Pipeline
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+
+    assert contextualstory_jax.__version__ == project["version"]

@@ -1,0 +1,254 @@
+"""The Python API: what decides the pictures, what does not, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from contextualstory_jax import Story, StoryPipeline, UserError
+from contextualstory_jax.config import SamplingConfig
+
+SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
+STORIES = [
+    Story(SENTENCES, "a"),
+    Story(SENTENCES[::-1], "b"),
+    Story(("A dog.",) * 5, "c"),
+]
+FIRST_FRAME = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+TEXT = SamplingConfig(steps=2, guidance_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint: Path) -> StoryPipeline:
+    return StoryPipeline.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def continuation(tiny_continuation_checkpoint: Path) -> StoryPipeline:
+    return StoryPipeline.load(tiny_continuation_checkpoint)
+
+
+def levels_apart(a: np.ndarray, b: np.ndarray) -> int:
+    """The largest difference of two sets of pictures."""
+    return int(np.max(np.abs(a.astype(int) - b)))
+
+
+def test_five_sentences_give_five_pictures_that_follow_from_the_seed(pipeline):
+    first, again, other = (pipeline(SENTENCES, seed=seed) for seed in (1, 1, 2))
+
+    assert (first.shape, first.dtype) == ((5, 16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(first, again)
+    assert levels_apart(first, other) > 20
+
+
+def test_sentences_and_storyflow_have_a_say(pipeline):
+    drawn = pipeline(SENTENCES)
+
+    assert levels_apart(drawn, pipeline(("A dog.", *SENTENCES[1:]))) > 1
+    assert levels_apart(drawn, pipeline(SENTENCES, storyflow=[50.0, 1.0, 1.0, 1.0])) > 1
+
+
+def test_without_more_words_the_checkpoints_own_values_are_taken(pipeline):
+    said = pipeline(SENTENCES, sampling=TEXT, size=(16, 16), storyflow=[5.0] * 4)
+
+    np.testing.assert_array_equal(pipeline(SENTENCES), said)
+    assert pipeline.step == 0
+
+
+def test_a_story_is_the_same_in_any_batch(pipeline):
+    told: list[int] = []
+    alone = [pipeline.draw([story], seed=3).pictures[0] for story in STORIES]
+
+    # The second batch is filled up; what fills it is left out.
+    batch = pipeline.draw(STORIES, seed=3, batch_size=2, progress=told.append)
+    turned = pipeline.draw(STORIES[::-1], seed=3, batch_size=2).pictures[::-1]
+
+    assert batch.pictures.shape == (3, 5, 16, 16, 3)
+    assert batch.latents.shape == (3, 5, 4, 4, 48)
+    assert told == [2, 1]
+    assert levels_apart(batch.pictures, np.stack(alone)) <= 1  # programs of two sizes round apart
+    assert levels_apart(batch.pictures, turned) <= 1
+    assert levels_apart(batch.pictures[0], batch.pictures[1]) > 20
+
+
+def test_noise_is_a_function_of_the_seed_and_the_id_alone(pipeline):
+    def noise(stories: list[Story], seed: int) -> np.ndarray:
+        return np.asarray(pipeline._inputs(stories, seed, (5, 4, 4, 48)).noise)
+
+    drawn = noise(STORIES, 0)
+
+    np.testing.assert_array_equal(drawn[::-1], noise(STORIES[::-1], 0))
+    np.testing.assert_array_equal(drawn[:1], noise([Story(("x",) * 5, "a")], 0))
+    assert not np.array_equal(drawn, noise(STORIES, 1))
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_lists_of_sentences_have_ids_by_their_place(pipeline):
+    drawn = pipeline([SENTENCES, SENTENCES], seed=5)
+
+    named = [Story(SENTENCES, "story_0"), Story(SENTENCES, "story_1")]
+    np.testing.assert_array_equal(drawn, pipeline(named, seed=5))
+    assert levels_apart(drawn[0], drawn[1]) > 20
+
+
+def test_initial_latents_take_the_place_of_the_noise(pipeline):
+    noise = np.asarray(pipeline._inputs([STORIES[0]], 4, (5, 4, 4, 48)).noise)
+
+    given = pipeline.draw([STORIES[0]], seed=9, initial_latents=noise)
+
+    np.testing.assert_array_equal(given.pictures, pipeline.draw([STORIES[0]], seed=4).pictures)
+
+
+def test_scales_and_values_are_arguments_of_one_program(pipeline):
+    pipeline(SENTENCES)
+    programs = pipeline._program._cache_size()
+
+    strong = SamplingConfig(steps=2, guidance_scale=5.0, guidance_rescale=0.5)
+    drawn = pipeline(SENTENCES, sampling=strong, storyflow=[1.0, 2.0, 3.0, 4.0], seed=8)
+
+    assert pipeline._program._cache_size() == programs
+    assert levels_apart(drawn, pipeline(SENTENCES, seed=8)) > 1
+
+
+def test_a_guidance_scale_up_to_1_asks_for_none(pipeline):
+    one, half = (
+        pipeline(SENTENCES, sampling=SamplingConfig(steps=2, guidance_scale=scale))
+        for scale in (1.0, 0.5)
+    )
+
+    np.testing.assert_array_equal(one, half)
+    assert levels_apart(one, pipeline(SENTENCES)) > 1
+
+
+def test_other_sizes_and_dtypes_are_drawn(tiny_checkpoint):
+    pipeline = StoryPipeline.load(tiny_checkpoint, dtype="bfloat16")
+
+    drawing = pipeline.draw(STORIES[:1], size=(16, 32))
+
+    assert {p.dtype for p in jax.tree.leaves(pipeline.params)} == {jnp.dtype("bfloat16")}
+    assert drawing.pictures.shape == (1, 5, 16, 32, 3)
+    assert np.isfinite(drawing.latents).all()
+
+
+def test_continuation_goes_on_from_its_first_frame(continuation):
+    drawn = continuation(SENTENCES, first_frame=FIRST_FRAME)
+    other = continuation(SENTENCES, first_frame=255 - FIRST_FRAME)
+
+    assert levels_apart(drawn[0], FIRST_FRAME) <= 1  # what the codec makes of it
+    assert np.any(drawn[1:] != other[1:], axis=(1, 2, 3)).all()
+
+
+def test_image_guidance_strengthens_the_first_frame(continuation):
+    both = SamplingConfig(steps=2, guidance_scale=2.0, image_guidance_scale=3.0)
+
+    drawn = continuation(SENTENCES, first_frame=FIRST_FRAME, sampling=both)
+
+    assert levels_apart(drawn[0], FIRST_FRAME) <= 1
+    assert levels_apart(drawn, continuation(SENTENCES, first_frame=FIRST_FRAME)) > 1
+
+
+@pytest.mark.parametrize(
+    ("stories", "options", "message"),
+    [
+        ([], {}, "has 0 sentences; this model draws 5"),
+        ("A cat.", {}, "not one string"),
+        (SENTENCES[:4], {}, "story 'story' has 4 sentences; this model draws 5"),
+        ([STORIES[0], Story(SENTENCES * 2, "b")], {}, "story 'b' has 10 sentences"),
+        (SENTENCES, {"first_frame": FIRST_FRAME}, "has a first frame, but .* leave it out"),
+        (STORIES, {"first_frame": FIRST_FRAME}, "put it into each Story"),
+        (SENTENCES, {"size": (16, 18)}, "multiples of 4 .* got 16 x 18"),
+        (SENTENCES, {"size": (0, 16)}, "multiples of 4 .* got 0 x 16"),
+        (SENTENCES, {"seed": -1}, "seed must be in 0..4294967295; got -1"),
+        (SENTENCES, {"seed": 2**32}, "seed must be in"),
+        (SENTENCES, {"batch_size": 0}, "batch size must be at least 1"),
+        (SENTENCES, {"sampling": SamplingConfig(steps=1001)}, r"steps must be in 1\.\.1000"),
+        (
+            SENTENCES,
+            {"sampling": SamplingConfig(image_guidance_scale=1.5)},
+            "image_guidance_scale above 1 needs a continuation model",
+        ),
+        (SENTENCES, {"storyflow": [1.0] * 3}, "storyflow must be 4 finite numbers"),
+        (SENTENCES, {"storyflow": [1.0, 1.0, 1.0, float("nan")]}, "storyflow must be 4 finite"),
+        (SENTENCES, {"storyflow": [1.0, 1.0, 1.0, -1.0]}, "at least 0"),
+        (
+            SENTENCES,
+            {"initial_latents": np.zeros((1, 5, 4, 4, 4), np.float32)},
+            r"float32 of shape \(1, 5, 4, 4, 48\) .* got float32 of shape \(1, 5, 4, 4, 4\)",
+        ),
+        (
+            SENTENCES,
+            {"initial_latents": np.zeros((1, 5, 4, 4, 48))},
+            r"got float64 of shape \(1, 5, 4, 4, 48\)",
+        ),
+        (
+            SENTENCES,
+            {"initial_latents": np.full((1, 5, 4, 4, 48), np.inf, np.float32)},
+            "must be finite",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(pipeline, stories, options, message):
+    with pytest.raises(UserError, match=message):
+        pipeline(stories, **options)
+
+
+@pytest.mark.parametrize(
+    ("first_frame", "message"),
+    [
+        (None, "has no first frame, but .* give a picture"),
+        (FIRST_FRAME[:8], "first frame must be uint8 of shape 16 x 16 x 3"),
+    ],
+)
+def test_a_first_frame_that_does_not_fit_is_refused(continuation, first_frame, message):
+    with pytest.raises(UserError, match=message):
+        continuation(SENTENCES, first_frame=first_frame)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1; got 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
+        ({"image_guidance_scale": -1.0}, "image_guidance_scale must be finite, at least 0"),
+        ({"guidance_rescale": 1.1}, r"guidance_rescale must be in \[0, 1\]; got 1.1"),
+        ({"eta": -0.1}, r"eta must be in \[0, 1\]; got -0.1"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        SamplingConfig(**values)
+
+
+def test_a_dtype_that_is_not_computed_in_is_refused(tiny_checkpoint):
+    with pytest.raises(UserError, match="dtype must be float32 or bfloat16; got float16"):
+        StoryPipeline.load(tiny_checkpoint, dtype="float16")
+
+
+@pytest.mark.multiprocess
+def test_pictures_are_the_same_on_several_devices(pipeline, tiny_checkpoint, tmp_path):
+    script = """
+import sys, numpy as np
+from contextualstory_jax import Story, StoryPipeline
+pipeline = StoryPipeline.load(sys.argv[1])
+assert pipeline.mesh.size == 2
+sentences = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
+np.save(sys.argv[2], pipeline([Story(sentences, id) for id in "xyz"], seed=3))
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+
+    subprocess.run(
+        [sys.executable, "-c", script, tiny_checkpoint, tmp_path / "drawn.npy"],
+        env=environment,
+        check=True,
+    )
+
+    drawn = np.load(tmp_path / "drawn.npy")
+    assert levels_apart(drawn, pipeline([Story(SENTENCES, id) for id in "xyz"], seed=3)) <= 1
