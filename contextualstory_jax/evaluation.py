@@ -1,0 +1,137 @@
+"""Measuring models on stories they have not seen, between two bounds: originals and no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from contextualstory_jax.config import require
+from contextualstory_jax.data.example import Example
+from contextualstory_jax.data.shapes_reader import read_frames
+from contextualstory_jax.metrics.characters import METRICS, CharacterMetrics, Outcome
+from contextualstory_jax.output import whole, write_story
+from contextualstory_jax.pipeline import Story, StoryPipeline
+
+SMALLEST = 32  # pixels a side that the reader of frames can tell characters by
+SUBSET_TITLES = {"all": "all frames", "needs_context": "frames that need their context"}
+
+
+class Result(NamedTuple):
+    """Pictures of some stories, and what `measure` says of them."""
+
+    pictures: UInt8[np.ndarray, "b f h w 3"]
+    metrics: dict[str, dict[str, Any]]
+
+
+def untrained(pipeline: StoryPipeline) -> StoryPipeline:
+    """The same architecture with the weights that training starts from, as a lower bound."""
+    model = pipeline.model
+    return StoryPipeline(model, model.init(0), pipeline.tokenizer, pipeline.storyflow.tolist())
+
+
+def evaluate(
+    models: Mapping[str, StoryPipeline],
+    stories: Sequence[Example],
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda drawn: None,
+) -> dict[str, Result]:
+    """Draw stories with each model and measure the pictures; `originals`, the upper bound, first.
+
+    Where a model is given the first frame, frame 0 is measured of none. Args: `progress`, told
+    after each batch how many stories it drew. Raises `UserError` for stories that a model cannot
+    draw or nobody measure.
+    """
+    given = any(pipeline.model.config.unet.is_continuation for pipeline in models.values())
+
+    def result(pictures: UInt8[np.ndarray, "b f h w 3"]) -> Result:
+        return Result(pictures, measure(stories, pictures, first_frame=int(given)))
+
+    # First of all, so that what cannot be measured is not drawn.
+    results = {"originals": result(np.stack([story.images for story in stories]))}
+    for name, pipeline in models.items():
+        continuation = pipeline.model.config.unet.is_continuation
+        drawing = pipeline.draw(
+            [
+                Story(s.sentences, s.story_id, s.images[0] if continuation else None)
+                for s in stories
+            ],
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        results[name] = result(drawing.pictures)
+    return results
+
+
+def measure(
+    stories: Sequence[Example], pictures: UInt8[np.ndarray, "b f h w 3"], first_frame: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What `CharacterMetrics.compute` says of pictures, from frame number `first_frame` on.
+
+    Raises `UserError` for pictures that the reader of frames is not made for.
+    """
+    height, width = pictures.shape[2:4]
+    require(
+        height == width >= SMALLEST,
+        f"characters are read from square pictures of {SMALLEST} pixels or more a side; "
+        f"these have {height} x {width}: evaluate a model that draws such",
+    )
+    metrics = CharacterMetrics()
+    for story, frames in zip(stories, pictures, strict=True):
+        readings = read_frames(frames[first_frame:])
+        labels = (story.labels or ())[first_frame:]
+        metrics.update(
+            Outcome(
+                story=story.story_id,
+                shown=reading.characters,
+                characters=label.characters,
+                shown_scene=reading.scene,
+                scene=label.scene,
+                needs_context=bool(label.needs_context),
+            )
+            for reading, label in zip(readings, labels, strict=True)
+        )
+    return metrics.compute()
+
+
+def table(results: Mapping[str, Result]) -> str:
+    """The metrics as text, with their 95 % intervals: one block a subset, one column a result."""
+    blocks = []
+    for subset, title in SUBSET_TITLES.items():
+        frames = next(iter(results.values())).metrics[subset]["frames"]
+        rows = [[f"{title} ({frames})", *results]]
+        for metric in METRICS:
+            cells = [in_words(result.metrics[subset][metric]) for result in results.values()]
+            rows.append([metric.replace("_", " "), *cells])
+        lines = [f"{row[0]:38}" + "".join(f"  {cell:>18}" for cell in row[1:]) for row in rows]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def in_words(metric: Mapping[str, float | None]) -> str:
+    """A value and its interval, such as `0.912 [0.87, 0.95]`."""
+    if metric["value"] is None:
+        return "-"
+    return "{value:.3f} [{low:.2f}, {high:.2f}]".format(**metric)
+
+
+def write_pictures(
+    folder: Path, stories: Sequence[Example], pictures: UInt8[np.ndarray, "b f h w 3"], seed: int
+) -> None:
+    """Write a folder a story: what `write_story` makes of the pictures, and `original_0.png` etc.
+
+    Raises `UserError` where it cannot be written.
+    """
+    for story, drawn in zip(stories, pictures, strict=True):
+        write_story(folder / story.story_id, drawn, story.sentences, seed)
+        with whole(folder / story.story_id) as temporary:
+            temporary.mkdir()
+            for i, original in enumerate(story.images):
+                Image.fromarray(original).save(temporary / f"original_{i}.png")
