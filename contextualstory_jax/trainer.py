@@ -18,7 +18,6 @@ from typing import Any
 
 import clu.metrics
 import clu.parameter_overview
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,19 +40,17 @@ from contextualstory_jax.tokenizer import Tokenizer
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
+METRICS = ("loss", "grad_norm", "param_norm", "update_norm", "learning_rate")
+
+
 class NonFiniteLoss(ArithmeticError):
     """Training diverged; the message names the step and the last good checkpoint."""
 
 
-@flax.struct.dataclass
-class StepMetrics(clu.metrics.Collection):
-    """Means since the last log."""
-
-    loss: clu.metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    grad_norm: clu.metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
-    param_norm: clu.metrics.Average.from_output("param_norm")  # type: ignore[valid-type]
-    update_norm: clu.metrics.Average.from_output("update_norm")  # type: ignore[valid-type]
-    learning_rate: clu.metrics.LastValue.from_output("learning_rate")  # type: ignore[valid-type]
+# Means since the last log.
+StepMetrics = clu.metrics.Collection.create(
+    **{name: clu.metrics.Average.from_output(name) for name in METRICS}
+)
 
 
 def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
@@ -187,7 +184,7 @@ def draw_samples(
     """Draw held-out stories with the EMA weights; one row a story, the originals above."""
     step, continuation = int(state.step), model.config.unet.is_continuation
     params = merge_parts(state.ema_params, state.frozen)
-    pipeline = StoryPipeline(model, params, tokenizer, storyflow_mean(state))
+    pipeline = StoryPipeline(model, params, tokenizer, storyflow_mean(state).tolist())
     pictures = pipeline.draw(
         [Story(s.sentences, s.story_id, s.images[0] if continuation else None) for s in stories]
     ).pictures
@@ -227,7 +224,9 @@ def loop(
     draw: Callable[[TrainState], None],
 ) -> TrainState:
     """Step until `config.steps` or `config.max_minutes`; log, check, save and draw on the way."""
-    began = logged = time.monotonic()
+    began = logged = math.nan  # from the end of the first step, which compiles
+    logged_number = 0
+    limit = config.max_minutes * 60 if config.max_minutes else math.inf
     merge = jax.jit(lambda m, out: m.merge(StepMetrics.single_from_model_output(**out)))
     metrics, losses = StepMetrics.empty(), []
 
@@ -249,24 +248,36 @@ def loop(
             metrics = merge(metrics, out)
             losses.append((number, out["loss"]))
             bar.update()
-            minutes = (time.monotonic() - began) / 60
-            last = number == config.steps or minutes >= (config.max_minutes or math.inf)
+            if math.isnan(began):
+                jax.block_until_ready(state)
+                began = logged = time.monotonic()
+                logged_number = number
+            last = number == config.steps or time.monotonic() - began >= limit
             if number % config.log_every == 0 or last:
-                count = len(losses)
                 check()
                 now = time.monotonic()
+                speed = (number - logged_number) / max(now - logged, 1e-9)  # steps a second
+                if limit < math.inf:  # so that the bar's time left is true
+                    steps_left = int(max(began + limit - now, 0) * speed)
+                    bar.total = min(config.steps, number + steps_left)
                 values = {name: float(v) for name, v in metrics.compute().items()}
-                values["stories_per_second"] = count * config.batch_size / (now - logged)
+                values["stories_per_second"] = speed * config.batch_size
                 writer.write(number, values)
                 bar.set_postfix(
                     loss=f"{values['loss']:.4f}", stories_s=f"{values['stories_per_second']:.1f}"
                 )
-                metrics, logged = StepMetrics.empty(), now
+                if number % config.checkpoint_every == 0 or last:
+                    bar.write(
+                        f"step {number}: " + ", ".join(f"{n} {v:.4g}" for n, v in values.items())
+                    )
+                metrics, logged, logged_number = StepMetrics.empty(), now, number
             if number % config.checkpoint_every == 0 or last:
                 check()
                 save(checkpoints, state)
             if number % config.sample_every == 0 or last:
+                paused = time.monotonic()
                 draw(state)
+                logged += time.monotonic() - paused
             if last:
                 break
     return state
