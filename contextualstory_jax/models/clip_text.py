@@ -24,8 +24,10 @@ class TextEmbeddings(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig):
         width = config.hidden_size
-        self.token_embedding = embed(config.vocab_size, width, 0.02)
-        self.position_embedding = embed(config.max_position_embeddings, width, 0.02)
+        # Only a tower trained from scratch sees these: with CLIP's 0.02 its words would drown in the
+        # unit-scale outputs of its own fresh attention.
+        self.token_embedding = embed(config.vocab_size, width, 1.0)
+        self.position_embedding = embed(config.max_position_embeddings, width, 0.1)
 
     def __call__(self, ids: Int[Array, "n l"]) -> Float[Array, "n l d"]:
         # Not nnx.Embed's call: it casts to the dtype the table was declared in.

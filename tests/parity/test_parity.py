@@ -6,20 +6,36 @@ Tolerances are relative L2 errors in float32 on a CPU: a float32 rounding of an 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from einops import rearrange, repeat
 
-from contextualstory_jax.config import UNetConfig, build
+from contextualstory_jax import weights
+from contextualstory_jax.config import (
+    ModelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TrainConfig,
+    UNetConfig,
+    build,
+)
+from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
+from contextualstory_jax.model import StoryModel, clamp
 from contextualstory_jax.models.network import Network
+from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.temporal import clamp_alphas
 from contextualstory_jax.models.unet import UNet
+from contextualstory_jax.state import Draws, TrainState, init_state, loss, optimizer, update
 from tests.parity import recipe
 
 MODULE_TOLERANCE = 1e-5
@@ -126,12 +142,98 @@ def check_unet(case: Case) -> None:
     assert_close(rearrange(ours, "b f h w c -> b c f h w"), arrays["noise_pred"], UNET_TOLERANCE)
 
 
+def check_train(case: Case) -> None:
+    arrays, info = case.arrays, case.info["optimizer"]
+    scheduler, text_encoder = (
+        SchedulerConfig(),
+        TextEncoderConfig(hidden_size=case.info["text_dim"]),
+    )
+    model = StoryModel(
+        ModelConfig(unet=case.config, scheduler=scheduler, text_encoder=text_encoder)
+    )
+    config = OptimizerConfig(
+        learning_rate=info["lr"],
+        beta1=info["beta1"],
+        beta2=info["beta2"],
+        eps=info["eps"],
+        weight_decay=info["weight_decay"],
+        max_grad_norm=info["max_grad_norm"],
+        ema_decay=case.info["ema_decay"],
+    )
+    initial = {"unet": recipe.params(case.network, case.info["weight_seed"])}
+    steps = len(arrays["loss"])
+    train = TrainConfig(model=model.config, optimizer=config, steps=steps, trainable=(".*",))
+    tx = optimizer(config, steps)
+
+    @jax.jit
+    def step(state, draws, text, null_text):
+        state = dataclasses.replace(state, params=clamp(state.params))
+        value, gradient = jax.value_and_grad(
+            lambda params: loss(model, params, draws, text, null_text, case.info["snr_gamma"])
+        )(state.params)
+        state = update(state, gradient, tx, config.ema_decay)
+        return state, value, optax.global_norm(gradient), storyflow(draws.latents).mean(axis=0)
+
+    state = init_state(jax.tree.map(jnp.asarray, initial), train)
+    motions = []
+    for i in range(steps):
+        latents, noise = (
+            jnp.asarray(rearrange(arrays[n][i], "b c f h w -> b f h w c"))
+            for n in ("latents", "noise")
+        )
+        draws = Draws(
+            latents, noise, arrays["timesteps"][i], arrays["is_null"][i], arrays["null_image"][i]
+        )
+        noisy = add_noise(noise_schedule(scheduler), latents, noise, jnp.asarray(draws.timesteps))
+        noisy_theirs = rearrange(arrays["noisy_latents"][i], "b c f h w -> b f h w c")
+        assert_close(np.asarray(noisy), noisy_theirs, MODULE_TOLERANCE)
+        text = rearrange(arrays["text"][i], "(b f) l d -> b f l d", f=case.config.n_frames)
+        state, value, norm, motion = step(state, draws, text, arrays["null_text"][i][None])
+        motions.append(np.asarray(motion))
+        np.testing.assert_allclose(value, arrays["loss"][i], rtol=1e-5)
+        np.testing.assert_allclose(norm, arrays["grad_norm"][i], rtol=1e-5)
+        mean = np.mean(motions, axis=0, keepdims=True)
+        assert_close(mean, arrays["cumulative_motion"][i], MODULE_TOLERANCE)
+    check_probes(case, initial["unet"], state)
+
+
+def check_probes(case: Case, initial: dict[str, np.ndarray], state: TrainState) -> None:
+    """Every tensor after the last step, by its projection on a random vector."""
+    arrays, seed = case.arrays, case.info["weight_seed"]
+    ours = {weights.torch_key(name, p.ndim): name for name, p in initial.items()}
+    unmoved = 0
+    for key, probe, delta, ema_probe in zip(
+        *(arrays[n] for n in ("param_names", "param_probe", "param_delta_norm", "ema_probe")),
+        strict=True,
+    ):
+        name = ours.pop(str(key), None)
+        if name is None:  # a tensor that nothing reads is no parameter of ours
+            assert any(re.fullmatch(pattern, key) for pattern, _ in weights.DEAD), key
+            assert delta == 0, key
+            unmoved += 1
+            continue
+
+        def projected(array, name=name, key=key):
+            tensor = weights.to_torch(name, np.asarray(array)).astype(np.float64)
+            return np.sum(tensor * recipe.randn(f"probe.{key}", tensor.shape, seed))
+
+        final = np.asarray(state.params["unet"][name])
+        moved = np.linalg.norm(final.astype(np.float64) - initial[name])
+        assert abs(moved - delta) <= 1e-3 * delta + 1e-6, (key, moved, delta)
+        tolerance = 2e-3 * delta + 1e-5
+        assert abs(projected(final) - probe) <= tolerance, key
+        assert abs(projected(state.ema_params["unet"][name]) - ema_probe) <= tolerance, key
+    assert not ours, f"not in the case: {sorted(ours)[:3]}"
+    assert unmoved == np.sum(arrays["param_delta_norm"] == 0)
+
+
 CHECKS = {
     "temporal_conv": check_module,
     "temporal_transformer": check_module,
     "storyline": check_storyline,
     "storyflow": check_storyflow,
     "unet": check_unet,
+    "train": check_train,
 }
 
 
