@@ -2,7 +2,7 @@
 
     python -m contextualstory_jax.train --config configs/shapes.py --workdir runs/shapes
 
-All three of the paper's modules are on: SETA, the Storyline Contextualizer and the StoryFlow Adapter.
+All three of the paper's modules are on: SETA, Storyline Contextualizer and StoryFlow Adapter.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            "steps": 5000,
+            "steps": 4000,
             "batch_size": 16,  # stories
             "compute_dtype": "float32",
             "trainable": (r"unet\..*", r"text_encoder\..*"),  # the text tower learns with the UNet

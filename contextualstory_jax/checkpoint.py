@@ -49,9 +49,11 @@ def write_model(folder: Path, config: ModelConfig, tokenizer_folder: Path) -> No
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "model.json").exists():
-            _refuse_another(folder, _model_values(folder), values)
-            return
-        shutil.copytree(tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
+            # How the user samples is no part of what the weights mean.
+            stored = {**_model_values(folder), "sampling": values["sampling"]}
+            _refuse_another(folder, stored, values)
+        else:
+            shutil.copytree(tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
         write_text(folder / "model.json", json.dumps({"format": FORMAT, "model": values}, indent=2))
     except OSError as error:
         raise UserError(

@@ -1,11 +1,12 @@
 """What a model, a recipe and a run consist of: frozen dataclasses, built once from plain mappings.
 
-A recipe (`configs/NAME.py`) returns an `ml_collections.ConfigDict`; a checkpoint folder holds the same
-values in `model.json`. Both cross into code through `build`, which refuses unknown keys and values by
-name. After that every default lives here and every deviation in the recipe.
+A recipe (`configs/NAME.py`) returns an `ml_collections.ConfigDict`; a checkpoint folder holds the
+same values in `model.json`. Both cross into code through `build`, which refuses unknown keys and
+values by name. After that every default lives here and every deviation in the recipe.
 
-Field names of `UNetConfig`, `AutoencoderKLConfig`, `TextEncoderConfig` and `SchedulerConfig` are those of
-the original's `config.json` files, so that a released folder's values can be read as they are.
+Field names of `UNetConfig`, `AutoencoderKLConfig`, `TextEncoderConfig` and `SchedulerConfig` are
+those of the original's `config.json` files, so that a released folder's values can be read as they
+are.
 """
 
 from __future__ import annotations
@@ -91,12 +92,13 @@ class UNetConfig:
         levels = len(self.block_out_channels)
         require(
             len(self.down_block_types) == levels == len(self.up_block_types),
-            "unet: block_out_channels, down_block_types and up_block_types must have one entry a level; "
-            f"got {levels}, {len(self.down_block_types)}, {len(self.up_block_types)}",
+            "unet: block_out_channels, down_block_types and up_block_types must have one entry a "
+            f"level; got {levels}, {len(self.down_block_types)}, {len(self.up_block_types)}",
         )
         require(
             len(self.num_attention_heads) == levels,
-            f"unet.attention_head_dim must be one number or one a level ({levels}); got {self.attention_head_dim}",
+            f"unet.attention_head_dim must be one number or one a level ({levels}); "
+            f"got {self.attention_head_dim}",
         )
         require(self.n_frames >= 2, f"unet.n_frames must be at least 2; got {self.n_frames}")
         for name in (
@@ -109,21 +111,18 @@ class UNetConfig:
                 getattr(self, name) >= 1,
                 f"unet.{name} must be at least 1; got {getattr(self, name)}",
             )
+        temporal_groups = 32 if self.use_temporal.temporal_conv else 1
         for channels, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
             for what, divisor in (
-                ("norm_num_groups", self.norm_num_groups),
-                ("attention_head_dim (the number of heads)", heads),
-                ("n_temp_heads", self.n_temp_heads),
-                # The temporal convolution's GroupNorm has 32 groups whatever norm_num_groups says.
-                (
-                    "32 (the groups of a temporal convolution)",
-                    32 if self.use_temporal.temporal_conv else 1,
-                ),
+                (f"norm_num_groups = {self.norm_num_groups}", self.norm_num_groups),
+                (f"attention_head_dim (the number of heads) = {heads}", heads),
+                (f"n_temp_heads = {self.n_temp_heads}", self.n_temp_heads),
+                # Whatever norm_num_groups says.
+                ("32 (the groups of a temporal convolution)", temporal_groups),
             ):
                 require(
                     divisor >= 1 and channels % divisor == 0,
-                    f"unet.block_out_channels: {channels} is not divisible by {what}"
-                    + ("" if what.startswith("32") else f" = {divisor}"),
+                    f"unet.block_out_channels: {channels} is not divisible by {what}",
                 )
         if self.use_text_cross_attention == "FSText":
             require(
@@ -135,8 +134,8 @@ class UNetConfig:
             )
             require(
                 self.cross_attention_dim % 16 == 0,
-                "unet.cross_attention_dim must be a multiple of 16 (8 heads of rotated pairs) for the Storyline "
-                f"Contextualizer; got {self.cross_attention_dim}",
+                "unet.cross_attention_dim must be a multiple of 16 (8 heads of rotated pairs) for "
+                f"the Storyline Contextualizer; got {self.cross_attention_dim}",
             )
 
     @property
@@ -178,7 +177,7 @@ class AutoencoderKLConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SpaceToDepthConfig:
-    """A picture codec without parameters: each patch of pixels becomes the channels of one latent position."""
+    """A picture codec without parameters: a patch of pixels is the channels of one latent."""
 
     kind: Literal["space_to_depth"] = "space_to_depth"
     patch: int = 4
@@ -241,63 +240,22 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         require(
             0 < self.beta_start <= self.beta_end < 1,
-            f"scheduler: need 0 < beta_start <= beta_end < 1; got {self.beta_start} and {self.beta_end}",
+            "scheduler: need 0 < beta_start <= beta_end < 1; "
+            f"got {self.beta_start} and {self.beta_end}",
         )
         require(
             not (self.rescale_betas_zero_snr and self.prediction_type == "epsilon"),
-            "scheduler.rescale_betas_zero_snr needs prediction_type v_prediction or sample: at zero SNR the noise "
-            "says nothing about the picture",
+            "scheduler.rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
+            "at zero SNR the noise says nothing about the picture",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig:
-    """How the noise of a story's frames is correlated. Source: paper's PYoCo noise; reference train.py."""
+    """How the noise of a story's frames is correlated (PYoCo). Source: reference train.py."""
 
     kind: Literal["vanilla", "pyoco_mixed", "pyoco_progressive"] = "pyoco_mixed"
     alpha: float = 1.5
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Everything that decides what a set of weights means."""
-
-    unet: UNetConfig = UNetConfig()
-    vae: AutoencoderKLConfig | SpaceToDepthConfig = AutoencoderKLConfig()
-    text_encoder: TextEncoderConfig = TextEncoderConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
-    noise: NoiseConfig = NoiseConfig()
-    height: int = 256  # pixels of the pictures trained on, and drawn by default
-    width: int = 256
-    sampling: SamplingConfig = dataclasses.field(default_factory=lambda: SamplingConfig())
-
-    def __post_init__(self) -> None:
-        require(
-            self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels,
-            f"unet.in_channels = {self.unet.in_channels} and unet.out_channels = {self.unet.out_channels} must "
-            f"both be the codec's latent channels = {self.vae.latent_channels}",
-        )
-        require(
-            self.unet.cross_attention_dim == self.text_encoder.hidden_size,
-            f"unet.cross_attention_dim = {self.unet.cross_attention_dim} must be "
-            f"text_encoder.hidden_size = {self.text_encoder.hidden_size}",
-        )
-        require(
-            self.unet.use_text_cross_attention != "FSText"
-            or self.unet.max_text_length >= self.text_encoder.max_position_embeddings,
-            f"unet.max_text_length = {self.unet.max_text_length} is under "
-            f"text_encoder.max_position_embeddings = {self.text_encoder.max_position_embeddings}",
-        )
-        self.latent_size(self.height, self.width)
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Latent height and width of pictures of `height` x `width` pixels; `UserError` if they do not divide."""
-        multiple = self.vae.factor * self.unet.downsampling
-        require(
-            height > 0 and width > 0 and height % multiple == 0 and width % multiple == 0,
-            f"height and width must be positive multiples of {multiple} for this model; got {height} x {width}",
-        )
-        return height // self.vae.factor, width // self.vae.factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +278,53 @@ class SamplingConfig:
         for name in ("guidance_rescale", "eta"):
             share = getattr(self, name)
             require(0 <= share <= 1, f"sampling: {name} must be in [0, 1]; got {share}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides what a set of weights means."""
+
+    unet: UNetConfig = UNetConfig()
+    vae: AutoencoderKLConfig | SpaceToDepthConfig = AutoencoderKLConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    noise: NoiseConfig = NoiseConfig()
+    height: int = 256  # pixels of the pictures trained on, and drawn by default
+    width: int = 256
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        require(
+            self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels,
+            f"unet.in_channels = {self.unet.in_channels} and "
+            f"unet.out_channels = {self.unet.out_channels} must both be the codec's "
+            f"latent channels = {self.vae.latent_channels}",
+        )
+        require(
+            self.unet.cross_attention_dim == self.text_encoder.hidden_size,
+            f"unet.cross_attention_dim = {self.unet.cross_attention_dim} must be "
+            f"text_encoder.hidden_size = {self.text_encoder.hidden_size}",
+        )
+        require(
+            self.unet.use_text_cross_attention != "FSText"
+            or self.unet.max_text_length >= self.text_encoder.max_position_embeddings,
+            f"unet.max_text_length = {self.unet.max_text_length} is under "
+            f"text_encoder.max_position_embeddings = {self.text_encoder.max_position_embeddings}",
+        )
+        self.latent_size(self.height, self.width)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Latent height and width of pictures of so many pixels.
+
+        Raises `UserError` if the size does not divide.
+        """
+        multiple = self.vae.factor * self.unet.downsampling
+        require(
+            height > 0 and width > 0 and height % multiple == 0 and width % multiple == 0,
+            f"height and width must be positive multiples of {multiple} for this model; "
+            f"got {height} x {width}",
+        )
+        return height // self.vae.factor, width // self.vae.factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,7 +396,8 @@ class TrainConfig:
             )
         require(
             self.batch_size % self.accumulation_steps == 0,
-            f"batch_size = {self.batch_size} is not divisible by accumulation_steps = {self.accumulation_steps}",
+            f"batch_size = {self.batch_size} is not divisible by "
+            f"accumulation_steps = {self.accumulation_steps}",
         )
         for name in ("text_drop", "first_frame_drop"):
             require(
@@ -411,15 +417,15 @@ class TrainConfig:
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Make a config dataclass of a mapping.
 
-    Nested mappings become nested dataclasses and lists tuples; a union of dataclasses is chosen by its
-    `kind`. Raises `UserError` naming the dotted key that is unknown or has a value of the wrong type.
+    Nested mappings become nested dataclasses and lists tuples; a union of dataclasses is chosen by
+    its `kind`. Raises `UserError` naming the dotted key that is unknown or has a value of the wrong
+    type.
     """
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
-    require(
-        not unknown,
-        f"unknown config key {where + unknown[0] if unknown else ''}; known: {', '.join(sorted(hints))}",
-    )
+    if unknown:
+        known = ", ".join(sorted(hints))
+        raise UserError(f"unknown config key {where}{unknown[0]}; known: {known}")
     return cls(
         **{name: _convert(hints[name], value, where + name) for name, value in values.items()}
     )
@@ -428,7 +434,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 def _convert(hint: Any, value: Any, name: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, Mapping):
-        choices = [c for c in (args or (hint,)) if dataclasses.is_dataclass(c)]
+        choices: list[Any] = [c for c in (args or (hint,)) if dataclasses.is_dataclass(c)]
         kinds = (
             {c.__dataclass_fields__["kind"].default: c for c in choices} if len(choices) > 1 else {}
         )

@@ -1,4 +1,7 @@
-"""The one exception that means "the user can mend this"; commands print it as one line and exit with status 2."""
+"""The one exception that means "the user can mend this".
+
+Commands print it as one line and exit with status 2.
+"""
 
 
 class UserError(Exception):

@@ -103,28 +103,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         Story(t.sentences, t.id, t.first_frame and read_picture(t.first_frame, height, width))
         for t in texts
     ]
-    sampling = override(config.sampling, arguments)
+    drawings = pipeline.draw_batches(
+        stories,
+        seed=arguments.seed,
+        sampling=override(config.sampling, arguments),
+        size=(height, width),
+        storyflow=arguments.storyflow,
+        batch_size=arguments.batch_size,
+        initial_latents=arguments.initial_latents and read_latents(arguments.initial_latents),
+    )
+    waiting, latents = iter(texts), []
     with tqdm(
         total=len(stories),
         unit="story",
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
         disable=len(stories) <= arguments.batch_size,
     ) as bar:
-        drawing = pipeline.draw(
-            stories,
-            seed=arguments.seed,
-            sampling=sampling,
-            size=(height, width),
-            storyflow=arguments.storyflow,
-            batch_size=arguments.batch_size,
-            initial_latents=arguments.initial_latents and read_latents(arguments.initial_latents),
-            progress=bar.update,
-        )
-    for text, pictures in zip(texts, drawing.pictures, strict=True):
-        folder = arguments.out / folder_name(text.id)
-        write_story(folder, pictures, text.sentences, arguments.seed)
+        for drawing in drawings:  # each batch is written before the next is drawn
+            for pictures, text in zip(drawing.pictures, waiting, strict=False):
+                folder = arguments.out / folder_name(text.id)
+                write_story(folder, pictures, text.sentences, arguments.seed)
+                bar.update()
+            if arguments.save_latents:
+                latents.append(drawing.latents)
     if arguments.save_latents:
-        write_latents(arguments.save_latents, drawing.latents)
+        write_latents(arguments.save_latents, np.concatenate(latents))
     write_json(
         arguments.out / "stories.json",
         {
@@ -135,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             },
             "seed": arguments.seed,
             "settings": {
-                **dataclasses.asdict(sampling),
+                **dataclasses.asdict(override(config.sampling, arguments)),
                 "height": height,
                 "width": width,
                 "storyflow": arguments.storyflow or pipeline.storyflow.tolist(),

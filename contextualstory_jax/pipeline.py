@@ -8,7 +8,7 @@ so that changing them compiles nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,7 +166,9 @@ class StoryPipeline:
         first_frame: UInt8[np.ndarray, "h w 3"] | None = None,
         **options: Any,
     ) -> UInt8[np.ndarray, "*b f h w 3"]:
-        """Draw one story, a list of sentences, or a list of stories. Options are those of `draw`.
+        """Draw one story, a list of sentences, or a list of stories.
+
+        Options are those of `draw_batches`.
 
         `first_frame` is that of one story; each `Story` of a list holds its own. Stories given as
         lists of sentences have the ids `story_0`, `story_1` and so on, one alone `story`. Raises
@@ -187,20 +189,37 @@ class StoryPipeline:
         self,
         stories: Sequence[Story],
         *,
+        progress: Callable[[int], object] = lambda drawn: None,
+        **options: Any,
+    ) -> Drawing:
+        """Draw stories; options are those of `draw_batches`.
+
+        Args: `progress`, told after each batch how many stories it drew. Raises `UserError` for
+        input that does not fit the model, before anything is drawn.
+        """
+        drawings = []
+        for drawing in self.draw_batches(stories, **options):
+            drawings.append(drawing)
+            progress(len(drawing.pictures))
+        return Drawing(*map(np.concatenate, zip(*drawings, strict=True)))
+
+    def draw_batches(
+        self,
+        stories: Sequence[Story],
+        *,
         seed: int = 0,
         sampling: SamplingConfig | None = None,
         size: tuple[int, int] | None = None,
         storyflow: Sequence[float] | None = None,
         batch_size: int = 8,
         initial_latents: np.ndarray | None = None,
-        progress: Callable[[int], object] = lambda drawn: None,
-    ) -> Drawing:
-        """Draw stories in batches of one size.
+    ) -> Iterator[Drawing]:
+        """Draw stories in batches of one size, in order.
 
         Args: `seed`, in [0, 2^32); `sampling`, steps and scales, the model's own by default;
         `size`, height and width in pixels; `storyflow`, scene changes, the training mean by
         default; `initial_latents`, float32 (b, f, p, q, c), standard-normal-like values in place of
-        the drawn ones; `progress`, told after each batch how many stories it drew.
+        the drawn ones.
         Raises `UserError` for input that does not fit the model, before anything is drawn.
         """
         config = self.model.config
@@ -220,7 +239,6 @@ class StoryPipeline:
             _check_latents(initial_latents, (len(stories), *shape))
         # Every batch has one size, so that one program serves: the last story fills the last batch.
         batch_size = -(-min(batch_size, len(stories)) // self.mesh.size) * self.mesh.size
-        pictures, latents = [], []
         for start in range(0, len(stories), batch_size):
             chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
             real = min(batch_size, len(stories) - start)
@@ -228,10 +246,7 @@ class StoryPipeline:
             if initial_latents is not None:
                 inputs = inputs._replace(noise=self._place(initial_latents[chosen]))
             drawn = self._run(inputs, motion, sampler, sampling)
-            pictures.append(np.asarray(drawn[0])[:real])
-            latents.append(np.asarray(drawn[1])[:real])
-            progress(real)
-        return Drawing(np.concatenate(pictures), np.concatenate(latents))
+            yield Drawing(*(np.asarray(array)[:real] for array in drawn))
 
     def _check(self, stories: Sequence[Story], height: int, width: int) -> None:
         unet = self.model.config.unet

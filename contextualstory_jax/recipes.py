@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,25 +18,33 @@ from contextualstory_jax.errors import UserError
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The recipe in a file, with overrides `key.key=value` applied.
 
-    Raises `UserError` where the file is missing or no recipe, a key is unknown, or a value is out of range.
+    Raises `UserError` where the file is missing or no recipe, a key is unknown, or a value is out
+    of range.
     """
     require(Path(path).is_file(), f"no recipe {path}; configs/ holds the recipes there are")
     try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except KeyError as error:
-        raise UserError(f"{path} has no get_config()") from error
+        names = runpy.run_path(str(path))
+        require("get_config" in names, f"{path} is not a recipe: it has no get_config()")
+        config = names["get_config"]()
     except UserError:
         raise
     except Exception as error:  # a recipe is the user's own code
         raise UserError(f"{path} fails: {type(error).__name__}: {error}".splitlines()[0]) from error
+    require(
+        isinstance(config, ConfigDict | Mapping),
+        f"{path} is not a recipe: its get_config() returns {type(config).__name__}, no ConfigDict",
+    )
     return train_config(config, overrides)
 
 
 def train_config(
     config: ConfigDict | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> TrainConfig:
-    """A recipe's mapping as the dataclass that code uses."""
-    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    """A recipe's mapping, with overrides `key.key=value`, as the dataclass that code uses.
+
+    Raises `UserError` where a key is unknown or a value is out of range.
+    """
+    values = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
     for override in overrides:
         key, separator, text = override.partition("=")
         require(

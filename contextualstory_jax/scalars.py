@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: console, `metrics.jsonl` and TensorBoard (tensorboardX, without TensorFlow)."""
+"""Where the numbers of a run are kept: `metrics.jsonl` and TensorBoard, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from tensorboardX import SummaryWriter
 
 from contextualstory_jax.checkpoint import write_text
 
@@ -16,13 +17,11 @@ from contextualstory_jax.checkpoint import write_text
 class ScalarWriter:
     """Appends one JSON object a call to `metrics.jsonl`, and the same values to TensorBoard.
 
-    A run that starts again at `first_step` takes back what was written of later steps, so that the curves have neither
-    gap nor repeat.
+    A run that starts again after `first_step` takes back what was written of later steps, so that
+    the curves have neither gap nor repeat.
     """
 
     def __init__(self, workdir: Path, first_step: int):
-        from tensorboardX import SummaryWriter
-
         self.path = workdir / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= first_step]

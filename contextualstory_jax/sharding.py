@@ -1,11 +1,13 @@
 """Where arrays lie: a named mesh, and rules from a parameter's path to its axes.
 
-Rules are (path regex, axes of the last dimensions) pairs; the first match wins and no match means a copy on every
-device. An axis that does not divide its dimension is dropped. Optimizer and EMA follow the parameter they belong to.
+Rules are pairs (path regex, axes of the last dimensions); the first match wins and no match means a
+copy on every device. An axis that does not divide its dimension is dropped. Optimizer and EMA
+follow the parameter they belong to.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -26,9 +28,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh over all devices. Raises `UserError` where the axes do not make up their number."""
     devices = jax.device_count()
     axes = {"data": config.data, "fsdp": config.fsdp}
-    fixed = 1
-    for size in axes.values():
-        fixed *= size if size != -1 else 1
+    fixed = math.prod(size for size in axes.values() if size != -1)
     free = [name for name, size in axes.items() if size == -1]
     require(
         len(free) <= 1 and all(size == -1 or size >= 1 for size in axes.values()),

@@ -1,7 +1,8 @@
 """What training changes, and the pure step that changes it.
 
-One step: draw noise, timesteps and drops; predict; min-SNR loss; gradient (accumulated over micro-batches); clip;
-AdamW; EMA. Randomness is a function of (seed, step, story's place in the global batch), whatever the devices.
+One step: draw noise, timesteps and drops; predict; min-SNR loss; gradient (accumulated over
+micro-batches); clip; AdamW; EMA. Randomness is a function of (seed, step, story's place in the
+global batch), whatever the devices.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Draws(NamedTuple):
 def split_trainable(params: Parts, patterns: tuple[str, ...]) -> tuple[Parts, Parts]:
     """Trained and frozen parameters, by regexes on `part.name`.
 
-    A tensor that nothing computes with is no parameter of ours, so every trained one has a gradient. Raises
-    `UserError` for a pattern that matches nothing.
+    A tensor that nothing computes with is no parameter of ours, so every trained one has a
+    gradient. Raises `UserError` for a pattern that matches nothing.
     """
     paths = {f"{part}.{name}" for part, leaves in params.items() for name in leaves}
     for pattern in patterns:
@@ -130,9 +131,8 @@ def init_state(params: Parts, config: TrainConfig) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=trained,
         frozen=frozen,
-        ema_params=jax.tree.map(
-            jnp.copy, trained
-        ),  # donated beside params, so not the same buffers
+        # A copy, because it is donated beside params.
+        ema_params=jax.tree.map(jnp.copy, trained),
         opt_state=optimizer(config.optimizer, config.steps).init(trained),
         storyflow_sum=jnp.zeros(config.model.unet.n_frames - 1),
         stories=jnp.zeros(()),
@@ -170,7 +170,7 @@ def loss(
     null_text: Float[Array, "#b #f l d"],
     snr_gamma: float | None,
 ) -> Float[Array, ""]:
-    """The mean of the stories' losses. Reference: train.py; reference-behaviour of noise and loss."""
+    """The mean of the stories' losses. Reference: train.py."""
     schedule = noise_schedule(model.config.scheduler)
     noisy = add_noise(schedule, draws.latents, draws.noise, draws.timesteps)
     target = training_target(schedule, draws.latents, draws.noise, draws.timesteps)

@@ -1,4 +1,4 @@
-"""`python -m contextualstory_jax.train --config configs/NAME.py --workdir DIR [--config.key=value ...]`."""
+"""`python -m contextualstory_jax.train`: a recipe in, a model out; `--help` lists the rest."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.config import TrainConfig
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipes import load_recipe, train_config
 
-# JAX takes seconds to import and --help must not wait: it is imported where work begins.
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from contextualstory_jax.state import TrainState
+
+# JAX takes seconds to import, and neither --help nor a mistake in the recipe need wait for it: the
+# trainer is imported where work begins.
 
 
-def train_and_evaluate(config: TrainConfig | Mapping[str, Any], workdir: str | Path) -> Any:
-    """Train a recipe (a `TrainConfig`, or what `get_config()` returns) in a workdir; returns the last `TrainState`.
+def train_and_evaluate(
+    config: TrainConfig | ConfigDict | Mapping[str, Any], workdir: str | Path
+) -> TrainState:
+    """Train a recipe, what `get_config()` returns, in a workdir, and return the last state.
 
-    Raises `UserError` for what the user can mend and `trainer.NonFiniteLoss` where training diverges.
+    Raises `UserError` for what the user can mend and `trainer.NonFiniteLoss` where training
+    diverges.
     """
     from contextualstory_jax import trainer
-    from contextualstory_jax.recipes import train_config
 
     if not isinstance(config, TrainConfig):
         config = train_config(config)
@@ -28,41 +37,45 @@ def train_and_evaluate(config: TrainConfig | Mapping[str, Any], workdir: str | P
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The named arguments, and the overrides `key=value`."""
-    parser = argparse.ArgumentParser(
+    """The command's arguments, and its overrides `key=value`."""
+    parser = ArgumentParser(
         prog="python -m contextualstory_jax.train",
-        description="Train a recipe; starting again in the same workdir goes on from its last checkpoint.",
-        epilog="Any value of the recipe can be overridden: --config.optimizer.learning_rate=1e-4",
+        usage="%(prog)s --config FILE.py --workdir DIR [--config.key=value ...]",
+        description="Train a recipe. Starting again in the same workdir goes on from its last "
+        "checkpoint.",
+        epilog="--config.key=value overrides a value of the recipe, for example "
+        "--config.optimizer.learning_rate=1e-4",
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py", help="recipe, e.g. configs/shapes.py"
+        "--config", required=True, metavar="FILE.py", help="recipe, for example configs/shapes.py"
     )
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="checkpoints, logs and samples go here"
+        "--workdir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="for checkpoints, logs and samples; made where it is not there",
     )
-    overrides = [a.removeprefix("--config.") for a in argv if a.startswith("--config.")]
-    return parser.parse_args([a for a in argv if not a.startswith("--config.")]), overrides
+    prefix = "--config."
+    arguments = parser.parse_args([a for a in argv if not a.startswith(prefix)])
+    return arguments, [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 where training diverged, 2 for bad input."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exits with status 1 where training diverges.
+
+    Raises `UserError` for bad input, before anything is written.
+    """
     arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+    config = load_recipe(arguments.config, overrides)
+    from contextualstory_jax import trainer
+
     try:
-        from contextualstory_jax.recipes import load_recipe
-
-        config = load_recipe(arguments.config, overrides)
-        from contextualstory_jax import trainer
-
-        try:
-            trainer.train_and_evaluate(config, Path(arguments.workdir))
-        except trainer.NonFiniteLoss as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        trainer.train_and_evaluate(config, arguments.workdir)
+    except trainer.NonFiniteLoss as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,12 +1,13 @@
 """Training, phase by phase: `train_and_evaluate` is the table of contents.
 
-A workdir is a checkpoint folder (`checkpoint.py`) with, beside it: `config.json` (the recipe), `metrics.jsonl`,
-`tensorboard/`, `samples/` and `parameters.txt`. Starting again in the same workdir goes on from its last checkpoint:
-the data's order and all randomness follow from the step.
+A workdir is a checkpoint folder (`checkpoint.py`) that also holds `config.json` (the recipe),
+`parameters.txt`, `metrics.jsonl`, `tensorboard/` and `samples/`. Starting again in the same workdir
+goes on from its last checkpoint: the data's order and all randomness follow from the step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,8 +29,8 @@ from tqdm import tqdm
 from contextualstory_jax.checkpoint import Checkpoints, contents, write_model, write_text
 from contextualstory_jax.compilation import use_compilation_cache
 from contextualstory_jax.config import TrainConfig, require
-from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.loader import TOKENIZER_DIR, batches, test_stories, training_source
+from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.pipeline import Story, StoryPipeline
 from contextualstory_jax.scalars import ScalarWriter
@@ -39,18 +40,15 @@ from contextualstory_jax.tokenizer import Tokenizer
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
-
+# Of each step; what is logged are the means of all steps since the last log.
 METRICS = ("loss", "grad_norm", "param_norm", "update_norm", "learning_rate")
+StepMetrics = clu.metrics.Collection.create(
+    **{name: clu.metrics.Average.from_output(name) for name in METRICS}
+)
 
 
 class NonFiniteLoss(ArithmeticError):
     """Training diverged; the message names the step and the last good checkpoint."""
-
-
-# Means since the last log.
-StepMetrics = clu.metrics.Collection.create(
-    **{name: clu.metrics.Average.from_output(name) for name in METRICS}
-)
 
 
 def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
@@ -60,47 +58,64 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
     """
     use_compilation_cache()
     mesh = make_mesh(config.mesh)
+    model = StoryModel(config.model, jnp.dtype(config.compute_dtype))
+    tokenizer = Tokenizer(TOKENIZER_DIR, config.model.text_encoder.max_position_embeddings)
+    check(config, mesh, tokenizer)
+    abstract = abstract_state(model, config, mesh)
+    write_model(workdir, config.model, TOKENIZER_DIR)
+    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
+        state = start_state(abstract, model, config, mesh, checkpoints)
+        describe(config, state, workdir)
+        step = compile_step(model, config, mesh, state, tokenizer)
+        data = device_batches(config, mesh, tokenizer, int(state.step))
+        with contextlib.closing(ScalarWriter(workdir, int(state.step))) as writer:
+            draw = functools.partial(draw_samples, model, config, tokenizer, workdir, writer)
+            return loop(state, step, data, config, checkpoints, writer, draw)
+
+
+def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
+    """Raise `UserError` where the recipe does not fit the devices or the tokenizer."""
+    parts = config.accumulation_steps * mesh.size
     require(
-        config.batch_size % (config.accumulation_steps * mesh.size) == 0,
+        config.batch_size % parts == 0,
         f"batch_size = {config.batch_size} is not divisible by accumulation_steps x devices = "
         f"{config.accumulation_steps} x {mesh.size}",
     )
-    model = StoryModel(config.model, jnp.dtype(config.compute_dtype))
-    tokenizer = Tokenizer(TOKENIZER_DIR, config.model.text_encoder.max_position_embeddings)
-    write_model(workdir, config.model, TOKENIZER_DIR)
-    write_text(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
-    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state = start_state(model, config, mesh, checkpoints)
-        describe(state, workdir)
-        step = compile_step(model, config, mesh, state, tokenizer)
-        data = device_batches(config, mesh, tokenizer, int(state.step))
-        writer = ScalarWriter(workdir, int(state.step))
-        sampler = functools.partial(
-            draw_samples, model, tokenizer, sample_stories(config), workdir / "samples", writer
-        )
-        try:
-            return loop(state, step, data, config, checkpoints, writer, sampler)
-        finally:
-            writer.close()
+    vocab_size = config.model.text_encoder.vocab_size
+    needed = int(tokenizer([""]).max()) + 1  # in CLIP's vocabularies the end token is the last
+    require(
+        vocab_size >= needed,
+        f"model.text_encoder.vocab_size = {vocab_size} is under the tokenizer's {needed}",
+    )
+
+
+def abstract_state(model: StoryModel, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The shape, dtype and sharding of everything in the state.
+
+    Raises `UserError` where `config.trainable` names no parameter.
+    """
+    state = jax.eval_shape(functools.partial(init_state, config=config), model.shapes)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        state,
+        shardings(state, mesh),
+    )
 
 
 def start_state(
-    model: StoryModel, config: TrainConfig, mesh: Mesh, checkpoints: Checkpoints
+    abstract: TrainState,
+    model: StoryModel,
+    config: TrainConfig,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
 ) -> TrainState:
     """The state to go on from: 1. the workdir's own last checkpoint, 2. fresh parameters."""
-    begin = functools.partial(init_state, config=config)
-    abstract = jax.eval_shape(begin, model.shapes)
-    placed = shardings(abstract, mesh)
     if checkpoints.latest is not None:
-        targets = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-            abstract,
-            placed,
-        )
-        return from_items(targets, checkpoints.restore(checkpoints.latest, to_items(targets)))
+        return from_items(abstract, checkpoints.restore(checkpoints.latest, to_items(abstract)))
     params = model.init(config.seed)
     params = jax.device_put(params, shardings(params, mesh))
-    return jax.jit(begin, out_shardings=placed)(params)
+    placed = jax.tree.map(lambda s: s.sharding, abstract)
+    return jax.jit(functools.partial(init_state, config=config), out_shardings=placed)(params)
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
@@ -126,12 +141,21 @@ def from_items(like: TrainState, items: dict[str, Any]) -> TrainState:
     return dataclasses.replace(state, **weights)
 
 
-def describe(state: TrainState, workdir: Path) -> None:
-    """Print how many parameters there are; write the table of all of them."""
+def describe(config: TrainConfig, state: TrainState, workdir: Path) -> None:
+    """Write the recipe and the table of parameters; print how many there are.
+
+    Raises `UserError` where the workdir cannot be written.
+    """
     table = clu.parameter_overview.get_parameter_overview(
         {"trained": state.params, "frozen": state.frozen}, include_stats=False
     )
-    write_text(workdir / "parameters.txt", table + "\n")
+    try:
+        write_text(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
+        write_text(workdir / "parameters.txt", table + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {workdir}: {error.strerror}; choose another workdir"
+        ) from error
     for title, parts in (("trained", state.params), ("frozen", state.frozen)):
         counts = {
             part: sum(math.prod(p.shape) for p in leaves.values()) for part, leaves in parts.items()
@@ -168,20 +192,16 @@ def device_batches(
         )
 
 
-def sample_stories(config: TrainConfig) -> list[Example]:
-    """The held-out stories that samples are drawn of."""
-    return test_stories(config.data, config.model.height, config.sample_stories)
-
-
 def draw_samples(
     model: StoryModel,
+    config: TrainConfig,
     tokenizer: Tokenizer,
-    stories: list[Example],
-    folder: Path,
+    workdir: Path,
     writer: ScalarWriter,
     state: TrainState,
 ) -> None:
     """Draw held-out stories with the EMA weights; one row a story, the originals above."""
+    stories = test_stories(config.data, config.model.height, config.sample_stories)
     step, continuation = int(state.step), model.config.unet.is_continuation
     params = merge_parts(state.ema_params, state.frozen)
     pipeline = StoryPipeline(model, params, tokenizer, storyflow_mean(state).tolist())
@@ -190,10 +210,11 @@ def draw_samples(
     ).pictures
     rows = [
         np.concatenate(list(frames), axis=1)
-        for pair in zip(stories, pictures, strict=True)
-        for frames in (pair[0].images, pair[1])
+        for story, drawn in zip(stories, pictures, strict=True)
+        for frames in (story.images, drawn)
     ]
     picture = np.concatenate(rows)
+    folder = workdir / "samples"
     folder.mkdir(exist_ok=True)
     Image.fromarray(picture).save(folder / f"step_{step:07d}.png")
     writer.picture(step, "samples", picture)
@@ -205,13 +226,11 @@ def storyflow_mean(state: TrainState) -> np.ndarray:
 
 
 def save(checkpoints: Checkpoints, state: TrainState) -> None:
-    """Write a checkpoint in the background, unless it is there."""
-    step = int(state.step)
-    if checkpoints.latest != step:
-        items = to_items(state)
-        named = {name: items[name] for name in ("params", "ema_params", "frozen")}
-        meta = {"step": step, "storyflow": storyflow_mean(state).tolist(), "items": contents(named)}
-        checkpoints.save(step, items, meta)
+    """Write a checkpoint in the background."""
+    step, items = int(state.step), to_items(state)
+    named = {name: items[name] for name in ("params", "ema_params", "frozen")}
+    meta = {"step": step, "storyflow": storyflow_mean(state).tolist(), "items": contents(named)}
+    checkpoints.save(step, items, meta)
 
 
 def loop(
@@ -223,61 +242,97 @@ def loop(
     writer: ScalarWriter,
     draw: Callable[[TrainState], None],
 ) -> TrainState:
-    """Step until `config.steps` or `config.max_minutes`; log, check, save and draw on the way."""
-    began = logged = math.nan  # from the end of the first step, which compiles
-    logged_number = 0
-    limit = config.max_minutes * 60 if config.max_minutes else math.inf
-    merge = jax.jit(lambda m, out: m.merge(StepMetrics.single_from_model_output(**out)))
-    metrics, losses = StepMetrics.empty(), []
-
-    def check() -> None:
-        """Stop at the first non-finite loss; called before anything is saved or logged."""
-        for number, value in losses:
-            if not math.isfinite(value):
-                raise NonFiniteLoss(
-                    f"the loss is {float(value)} at step {number}; the last good checkpoint is "
-                    f"{checkpoints.latest or 'none'}; lower optimizer.learning_rate and start again"
-                )
-        losses.clear()
-
-    with tqdm(total=config.steps, initial=int(state.step), unit="step", dynamic_ncols=True) as bar:
-        number = int(state.step)
-        while number < config.steps:
-            state, out = train_step(state, next(data))
-            number += 1
-            metrics = merge(metrics, out)
-            losses.append((number, out["loss"]))
-            bar.update()
-            if math.isnan(began):
-                jax.block_until_ready(state)
-                began = logged = time.monotonic()
-                logged_number = number
-            last = number == config.steps or time.monotonic() - began >= limit
-            if number % config.log_every == 0 or last:
-                check()
-                now = time.monotonic()
-                speed = (number - logged_number) / max(now - logged, 1e-9)  # steps a second
-                if limit < math.inf:  # so that the bar's time left is true
-                    steps_left = int(max(began + limit - now, 0) * speed)
-                    bar.total = min(config.steps, number + steps_left)
-                values = {name: float(v) for name, v in metrics.compute().items()}
-                values["stories_per_second"] = speed * config.batch_size
-                writer.write(number, values)
-                bar.set_postfix(
-                    loss=f"{values['loss']:.4f}", stories_s=f"{values['stories_per_second']:.1f}"
-                )
-                if number % config.checkpoint_every == 0 or last:
-                    bar.write(
-                        f"step {number}: " + ", ".join(f"{n} {v:.4g}" for n, v in values.items())
-                    )
-                metrics, logged, logged_number = StepMetrics.empty(), now, number
-            if number % config.checkpoint_every == 0 or last:
-                check()
+    """Step until `config.steps` or `config.max_minutes`; log, save and draw on the way."""
+    unchecked: list[tuple[int, dict[str, jax.Array]]] = []
+    with contextlib.closing(Progress(config, writer, int(state.step))) as progress:
+        for number in range(int(state.step) + 1, config.steps + 1):
+            state, values = train_step(state, next(data))
+            unchecked.append((number, values))
+            progress.add(number, values)
+            last = number == config.steps or progress.out_of_time
+            saves = last or number % config.checkpoint_every == 0
+            # A checkpoint is logged, so that no mean is of steps from before and after a restart.
+            if saves or number % config.log_every == 0:
+                require_finite(unchecked, checkpoints.latest)
+                unchecked.clear()
+                progress.log(number, aloud=saves)
+            if saves:
                 save(checkpoints, state)
-            if number % config.sample_every == 0 or last:
-                paused = time.monotonic()
-                draw(state)
-                logged += time.monotonic() - paused
+            if last or number % config.sample_every == 0:
+                with progress.paused():
+                    draw(state)
             if last:
                 break
     return state
+
+
+def require_finite(steps: list[tuple[int, dict[str, jax.Array]]], last_good: int | None) -> None:
+    """Raise `NonFiniteLoss` for the first step whose loss or new parameters are not finite."""
+    for number, values in steps:
+        for name in ("loss", "param_norm"):
+            if not math.isfinite(values[name]):
+                raise NonFiniteLoss(
+                    f"{name} is {float(values[name])} at step {number}; the last good checkpoint "
+                    f"is {last_good or 'none'}; lower optimizer.learning_rate and start again"
+                )
+
+
+class Progress:
+    """What the user sees of a run: a bar, and the means of all steps since the last log."""
+
+    def __init__(self, config: TrainConfig, writer: ScalarWriter, first_step: int):
+        self._config, self._writer = config, writer
+        self._bar = tqdm(total=config.steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._merge = jax.jit(lambda m, values: m.merge(m.single_from_model_output(**values)))
+        self._means = StepMetrics.empty()
+        self._began: float | None = None  # when the first step, which compiles, was done
+        self._logged = (0.0, first_step)  # the time and the step of the last log
+
+    def add(self, number: int, values: dict[str, jax.Array]) -> None:
+        """Take the metrics of a step."""
+        self._means = self._merge(self._means, values)
+        self._bar.update()
+        if self._began is None:
+            jax.block_until_ready(values)
+            self._began = time.monotonic()
+            self._logged = (self._began, number)
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether `config.max_minutes` are over."""
+        return self._seconds_left() <= 0
+
+    def log(self, number: int, aloud: bool) -> None:
+        """Write the means, and print them if `aloud`; begin anew."""
+        now, (logged_time, logged_number) = time.monotonic(), self._logged
+        steps_per_second = (number - logged_number) / max(now - logged_time, 1e-9)
+        values = {name: float(value) for name, value in self._means.compute().items()}
+        values["stories_per_second"] = steps_per_second * self._config.batch_size
+        self._writer.write(number, values)
+        if self._config.max_minutes is not None:  # so that the time left that the bar shows is true
+            steps_left = int(max(self._seconds_left(), 0) * steps_per_second)
+            self._bar.total = min(self._config.steps, number + steps_left)
+        self._bar.set_postfix(
+            loss=f"{values['loss']:.4f}", stories_s=f"{values['stories_per_second']:.1f}"
+        )
+        if aloud:
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self._bar.write(f"step {number}: {listed}")
+        self._means, self._logged = StepMetrics.empty(), (now, number)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done meanwhile out of the speed."""
+        began = time.monotonic()
+        yield
+        time_logged, number = self._logged
+        self._logged = (time_logged + time.monotonic() - began, number)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+    def _seconds_left(self) -> float:
+        if self._config.max_minutes is None or self._began is None:
+            return math.inf
+        return self._began + self._config.max_minutes * 60 - time.monotonic()

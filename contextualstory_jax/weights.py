@@ -1,7 +1,8 @@
-"""PyTorch checkpoint keys and layouts <-> our parameter names and layouts; the only file that knows them.
+"""PyTorch's checkpoint keys and layouts <-> our names and layouts; no other file knows them.
 
-A parameter's name is its PyTorch key but for the last word (`kernel`, `scale`, `embedding` for `weight`), so the table
-holds layouts only. Conversion is numpy only: it needs neither a GPU nor the PyTorch model class.
+A parameter's name is its PyTorch key but for the last word (`kernel`, `scale`, `embedding` for
+`weight`), so the table holds layouts only. Conversion is numpy only: it needs neither a GPU nor the
+PyTorch model class.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ import numpy as np
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.models.network import Params
 
-# (pattern of our name, last word of the PyTorch key, axes of the PyTorch tensor in our order, its number of axes)
+# (pattern of our name, last word of the PyTorch key, axes of the PyTorch tensor in our order, its
+# number of axes)
 LAYOUTS: tuple[tuple[str, str, tuple[int, ...] | None, int], ...] = (
-    (
-        r".*\.conv3ds\.\d+\.conv[12]\.kernel",
-        "weight",
-        (2, 3, 1, 0),
-        5,
-    ),  # (out, in, 3, 1, 1) -> (3, 1, in, out)
-    (r".*\.kernel", "weight", (2, 3, 1, 0), 4),  # (out, in, h, w) -> (h, w, in, out)
-    (r".*\.kernel", "weight", (1, 0), 2),  # (out, in) -> (in, out)
+    # (out, in, 3, 1, 1) -> (3, 1, in, out)
+    (r".*\.conv3ds\.\d+\.conv[12]\.kernel", "weight", (2, 3, 1, 0), 5),
+    # (out, in, h, w) -> (h, w, in, out)
+    (r".*\.kernel", "weight", (2, 3, 1, 0), 4),
+    # (out, in) -> (in, out)
+    (r".*\.kernel", "weight", (1, 0), 2),
     (r".*\.(scale|embedding)", "weight", None, 0),
     (r".*", "", None, 0),
 )
@@ -35,10 +35,7 @@ DEAD: tuple[tuple[str, str], ...] = (
         r".*\.conv3ds\.\d+\.time_emb_proj\.(weight|bias)",
         "the temporal convolution is given no time embedding",
     ),
-    (
-        r".*\.rotary_bias\.relative_attention_bias\.weight",
-        "its use is commented out in the original",
-    ),
+    (r".*\.rotary_bias\.relative_attention_bias\.weight", "the original comments its use out"),
     (r".*\.pos_enc\.dummy", "remembers a device"),
     (r".*\.position_ids", "a buffer holding 0..76"),
 )
@@ -85,10 +82,10 @@ def to_torch(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def convert(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> Params:
-    """Parameters of `shapes` (name -> shape and dtype) filled from PyTorch tensors, complete or refused.
+    """Parameters of `shapes` (name -> shape and dtype) from PyTorch tensors, complete or refused.
 
-    Every tensor is used or on the list of dead names, every parameter filled, every shape checked. Raises `UserError`
-    with all problems in one message.
+    Every tensor is used or on the list of dead names, every parameter filled, every shape checked.
+    Raises `UserError` with all problems in one message.
     """
     keys = {torch_key(name, len(s.shape)): name for name, s in shapes.items()}
     params, problems = {}, []

@@ -1,4 +1,4 @@
-"""Stories to batches: drawn or read, tokenised and stacked on the host, in an order that follows from (seed, step)."""
+"""Stories to batches, tokenised and stacked on the host, in an order set by (seed, step)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def batches(
     seed: int,
     first_step: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches from step `first_step` on: `images` uint8 (b, 5, h, w, 3) and `ids` int32 (b, 5, l).
+    """Endless batches from step `first_step` on.
 
-    Batch s is the same whatever step the iterator started at, so that resuming needs no iterator state.
+    Each has `images`, uint8 (b, 5, h, w, 3), and `ids`, int32 (b, 5, l). Batch s is the same
+    whatever step the iterator started at, so that resuming needs no iterator state.
     """
 
     def arrays(example: Example) -> dict[str, np.ndarray]:

@@ -1,8 +1,9 @@
-"""Attention in the forms the model uses: plain, over every frame's neighbourhood (SETA), and the modules around them.
+"""Attention: plain, over every frame's neighbourhood (SETA), and the modules around them.
 
-SETA projects keys and values once per pixel. Queries are then taken in tiles of up to 4x4 pixels, all frames together;
-the keys of a tile are the tile and a halo of one pixel, cut so that a border pixel repeats beyond the border (which
-counts a replicated neighbour as often as it occurs), and one constant mask serves all tiles.
+SETA projects keys and values once per pixel. Queries are then taken in tiles of up to 4x4 pixels,
+all frames together; the keys of a tile are the tile and a halo of one pixel, cut so that a border
+pixel repeats beyond the border (which counts a replicated neighbour as often as it occurs), and one
+constant mask serves all tiles.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def attention(
 
 
 def with_halo(x: Array, axis: int, tile: int) -> Array:
-    """Split an axis into tiles, each with one neighbour before and after; the borders repeat themselves.
+    """Split an axis into tiles, each with one neighbour before and after; the borders repeat.
 
     Returns an array whose `axis` is the number of tiles and `axis + 1` is `tile + 2`.
     """
@@ -53,8 +54,8 @@ def with_halo(x: Array, axis: int, tile: int) -> Array:
 def seta_mask(frames: int, tile_h: int, tile_w: int, *, ring_only: bool) -> Bool[np.ndarray, "q s"]:
     """Which keys of a tile with its halo each query of the tile sees.
 
-    A query sees its own position in every frame and the 8 ring neighbours in every frame but its own: 37 of the 45
-    tokens that the paper gathers. `ring_only` leaves out the own position.
+    A query sees its own position in every frame and the 8 ring neighbours in every frame but its
+    own: 37 of the 45 tokens that the paper gathers. `ring_only` leaves out the own position.
     """
     i, y, x = np.indices((frames, tile_h, tile_w)).reshape(3, -1, 1)
     j, key_y, key_x = np.indices((frames, tile_h + 2, tile_w + 2)).reshape(3, 1, -1)
@@ -71,10 +72,11 @@ def seta_attention(
 ) -> Float[Array, "b f h w n k"]:
     """Spatially-Enhanced Temporal Attention.
 
-    `own` gives keys and values of the own position where they differ from those that neighbours see (with sinusoidal
-    positions a neighbour carries frame 0's entry whatever its frame).
+    `own` gives keys and values of the own position where they differ from those that neighbours see
+    (with sinusoidal positions a neighbour carries frame 0's entry whatever its frame).
 
-    Reference: videoldm_attention.py TemporalConditionalAttention; paper section "Spatially-Enhanced Temporal Attention".
+    Reference: videoldm_attention.py TemporalConditionalAttention; paper section
+    "Spatially-Enhanced Temporal Attention".
     """
     _, frames, height, width, _, _ = q.shape
     tile_h, tile_w = math.gcd(height, 4), math.gcd(width, 4)
@@ -114,7 +116,9 @@ def seta_attention(
 def rotate(
     x: Float[Array, "b f *rest c"], freqs: Float[Array, " r"]
 ) -> Float[Array, "b f *rest c"]:
-    """Rotary positions: turn the first 2r channels, in interleaved pairs, by frame index times frequency.
+    """Rotary positions: turn interleaved pairs of channels by frame index times frequency.
+
+    The first 2r channels are turned; the others keep their values.
 
     Reference: rotary_embedding.py apply_rotary_emb.
     """
@@ -128,7 +132,10 @@ def rotate(
 
 
 class RotaryEmbedding(nnx.Module):
-    """Frequencies of rotary positions, trained like any other weight (a checkpoint's are loaded, never recomputed)."""
+    """Rotary positions with frequencies that are trained like any other weight.
+
+    A checkpoint's are loaded, never recomputed.
+    """
 
     def __init__(self, dim: int):
         self.freqs = parameter(
@@ -141,7 +148,9 @@ class RotaryEmbedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with its projections; queries, keys and values have no bias, the output has one.
+    """Multi-head attention with its projections.
+
+    Queries, keys and values have no bias, the output has one.
 
     Reference: videoldm_attention.py ConditionalAttention; diffusers 0.21 Attention.
     """

@@ -1,8 +1,11 @@
-"""The UNet's down, mid and up blocks: resnet, temporal convolution, spatial transformer, temporal transformer, in turn.
+"""The UNet's down, mid and up blocks.
 
-In mode `conv2d` (continuation) every block begins by overwriting frame 0 of its input by a 1x1 convolution of the clean
-first frame. The original writes in place, so that where a block's input is also a stored skip connection the skip
-changes too; `put_first_frame` is therefore a call of its own and the UNet stores what it returns (`unet.py`).
+A layer is a resnet, a temporal convolution, a spatial transformer and a temporal transformer.
+
+In mode `conv2d` (continuation) every block begins by overwriting frame 0 of its input by a 1x1
+convolution of the clean first frame. The original writes in place, so that where a block's input is
+also a stored skip connection the skip changes too; `put_first_frame` is therefore a call of its own
+and the UNet stores what it returns (`unet.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +42,11 @@ class Block(nnx.Module):
         seta: bool,
         rotary: bool,
     ):
-        """Args: `resnets`, channels in and out of each; `heads`, spatial attention heads, None for no attention."""
+        """Declare the layers.
+
+        Args: `resnets`, channels in and out of each; `heads`, spatial attention heads, None for no
+        attention of either kind.
+        """
         channels = resnets[-1][1]
         time_dim = 4 * config.block_out_channels[0]
         mode = config.first_frame_condition_mode
@@ -71,7 +78,7 @@ class Block(nnx.Module):
     def put_first_frame(
         self, x: Float[Array, "b f h w c"], first_frame: Float[Array, "b h0 w0 i"] | None
     ) -> Float[Array, "b f h w c"]:
-        """Overwrite frame 0 by the clean first frame, brought to the block's size by nearest neighbour."""
+        """Overwrite frame 0 by the clean first frame, brought to size by nearest neighbour."""
         if self.first_frame_conv is None or first_frame is None:
             return x
         ratio_h, ratio_w = first_frame.shape[1] // x.shape[2], first_frame.shape[2] // x.shape[3]
@@ -134,7 +141,8 @@ class DownBlock(Block):
 class MidBlock(Block):
     """Resnet, temporal convolution, then transformers, resnet, temporal convolution.
 
-    Parity: built without rotary positions and without SETA, its temporal attention has the spatial number of heads.
+    Parity: built without rotary positions and without SETA, its temporal attention has the spatial
+    number of heads.
 
     Reference: videoldm_unet_blocks.py VideoLDMUNetMidBlock2DCrossAttn.
     """

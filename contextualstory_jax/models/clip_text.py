@@ -24,8 +24,8 @@ class TextEmbeddings(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig):
         width = config.hidden_size
-        # Only a tower trained from scratch sees these: with CLIP's 0.02 its words would drown in the
-        # unit-scale outputs of its own fresh attention.
+        # Only a tower trained from scratch sees these: with CLIP's 0.02 its words would drown in
+        # the unit-scale outputs of its own fresh attention.
         self.token_embedding = embed(config.vocab_size, width, 1.0)
         self.position_embedding = embed(config.max_position_embeddings, width, 0.1)
 

@@ -1,4 +1,4 @@
-"""Sinusoidal embeddings of diffusion steps, scene changes and frame positions, and the MLP over the first."""
+"""Sinusoidal embeddings of diffusion steps, scene changes and frame positions; an MLP over them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ def sinusoidal_embedding(
     cos_first: bool = True,
     freq_shift: float = 0.0,
 ) -> Float[Array, "*batch dim"]:
-    """Embed numbers as cosines and sines of geometrically falling frequencies, each filling one half; float32.
+    """Embed numbers as cosines and sines of falling frequencies; float32.
 
-    Reference: diffusers 0.21 embeddings.py get_timestep_embedding; videoldm_unet.py sinusoidal_embedding.
+    The cosines fill one half and the sines the other; frequencies fall geometrically.
+
+    Reference: diffusers 0.21 embeddings.py get_timestep_embedding; videoldm_unet.py
+    sinusoidal_embedding.
     """
     half = dim // 2
     frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - freq_shift)).astype(

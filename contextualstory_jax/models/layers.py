@@ -1,8 +1,11 @@
-"""The layers every network is made of: Flax NNX's, with PyTorch's initialisers and each numerical choice written out.
+"""The layers every network is made of.
 
-Modules declare their parameters (shape and initialiser) and draw none, so that building a network of any size costs
-milliseconds and no memory. Layout is channels-last. Parameters are float32; a network computes in the dtype its parameters were cast to when
-bound (`network.py`), so that no layer carries a dtype. Norms and softmax reduce in float32.
+They are Flax NNX's, with PyTorch's initialisers and each numerical choice written out.
+
+Modules declare their parameters (shape and initialiser) and draw none, so that building a network
+of any size costs milliseconds and no memory. Layout is channels-last. Parameters are float32; a
+network computes in the dtype its parameters were cast to when bound (`network.py`), so that no
+layer carries a dtype. Norms and softmax reduce in float32.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-
-# Draws float32 values of a shape. NumPy's generator: nothing to compile, and the same on every platform.
+# Draws float32 values of a shape. NumPy's generator: nothing to compile, and the same on every
+# platform.
 Initialiser = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
@@ -36,7 +39,7 @@ def parameter(shape: tuple[int, ...], initialiser: Initialiser) -> nnx.Param:
 
 
 def uniform(fan_in: int) -> Initialiser:
-    """PyTorch's default for linear and convolution weights and biases: uniform in +-1/sqrt(fan_in)."""
+    """PyTorch's default for linear and convolution layers: uniform in +-1/sqrt(fan_in)."""
     bound = np.float32(1 / math.sqrt(fan_in))
     return lambda rng, shape: (2 * rng.random(shape, dtype=np.float32) - 1) * bound
 

@@ -1,7 +1,8 @@
-"""A module class as pure functions over a flat dict of parameters; outside `models/` nobody sees NNX.
+"""A module class as pure functions of a flat dict; outside `models/` nobody sees NNX.
 
-A parameter's name is its path with dots, `down_blocks.0.resnets.0.conv1.kernel`: the checkpoint key of the PyTorch
-model but for the last word. Flat dicts make path rules (sharding, freezing, weight tables) plain string matching.
+A parameter's name is its path with dots, `down_blocks.0.resnets.0.conv1.kernel`: the checkpoint key
+of the PyTorch model but for the last word. Flat dicts make path rules (sharding, freezing, weight
+tables) plain string matching.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ M = TypeVar("M", bound=nnx.Module)
 class Network(Generic[M]):
     """One architecture at one size.
 
-    `shapes` maps each parameter's name to its shape and dtype; `init` draws parameters; `bind` gives the module
-    with parameters in it, ready to be called inside a jitted function.
+    `shapes` maps each parameter's name to its shape and dtype; `init` draws parameters; `bind`
+    gives the module with parameters in it, ready to be called inside a jitted function.
     """
 
     def __init__(self, make: Callable[[], M]):
@@ -38,7 +39,7 @@ class Network(Generic[M]):
         self.shapes: dict[str, Declaration] = {name: leaves[name][1] for name in self._paths}
 
     def init(self, seed: int) -> Params:
-        """Draw float32 parameters by PyTorch's default initialisers; each is a function of the seed and its name."""
+        """Draw float32 parameters, each a function of the seed and its name."""
         return {
             name: declared.initialiser(
                 np.random.default_rng([seed, zlib.crc32(name.encode())]), declared.shape

@@ -1,4 +1,4 @@
-"""What looks at one frame at a time: Stable Diffusion's resnet blocks and transformers, frames side by side."""
+"""What looks at one frame at a time: Stable Diffusion's resnet blocks and transformers."""
 
 from __future__ import annotations
 
@@ -83,13 +83,12 @@ class SpatialTransformerBlock(nnx.Module):
         self, x: Float[Array, "b f s c"], text: KeysValues, see_first_frame: bool
     ) -> Float[Array, "b f s c"]:
         y = self.norm1(x)
-        keys_values = self.attn1.keys_values(y)
+        k, v = self.attn1.keys_values(y)
         if see_first_frame:  # frame 0 sees its own tokens twice, as in the original
-            keys_values = tuple(
-                jnp.concatenate([a, jnp.broadcast_to(a[:, :1], a.shape)], axis=2)
-                for a in keys_values
+            k, v = (
+                jnp.concatenate([a, jnp.broadcast_to(a[:, :1], a.shape)], axis=2) for a in (k, v)
             )
-        x = x + self.attn1(y, keys_values)
+        x = x + self.attn1(y, (k, v))
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
@@ -108,7 +107,7 @@ class SpatialTransformer(nnx.Module):
         self.proj_out = project(channels, channels)
 
     def text_keys_values(self, text: Float[Array, "b f l d"]) -> list[KeysValues]:
-        """Each block's cross-attention keys and values; they do not depend on the denoising step."""
+        """Each block's cross-attention keys and values: independent of the denoising step."""
         return [block.attn2.keys_values(text) for block in self.transformer_blocks]
 
     def __call__(

@@ -1,4 +1,4 @@
-"""StoryFlow Adapter: how much each frame's scene differs from the one before, told to the UNet beside the time step."""
+"""StoryFlow Adapter: tells the UNet how much each frame's scene differs from the one before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def storyflow(latents: Float[Array, "b f h w c"]) -> Float[Array, "b f-1"]:
 
 
 def interpolation(frames: int) -> Float[np.ndarray, "f f-1"]:
-    """Weights that stretch f - 1 values to f frames linearly, half-pixel centres (torch's align_corners=False)."""
+    """Weights that stretch f - 1 values to f frames linearly.
+
+    Centres are at half pixels, torch's align_corners=False.
+    """
     source = np.clip((np.arange(frames) + 0.5) * (frames - 1) / frames - 0.5, 0, frames - 2)
     return np.maximum(0, 1 - np.abs(source[:, None] - np.arange(frames - 1))).astype(np.float32)
 
@@ -30,9 +33,11 @@ def interpolation(frames: int) -> Float[np.ndarray, "f f-1"]:
 class StoryFlowAdapter(nnx.List):
     """Linear, SiLU, linear over the embedded values, one vector a frame.
 
-    Parity: the sinusoidal embeddings are interpolated to the frames before the MLP (the paper's figure has it after).
+    Parity: the sinusoidal embeddings are interpolated to the frames before the MLP (the paper's
+    figure has it after).
 
-    Reference: videoldm_unet.py get_motion_embedding; its parameters are `msim_embedding.0` and `.2`.
+    Reference: videoldm_unet.py get_motion_embedding; its parameters are `msim_embedding.0`
+    and `.2`.
     """
 
     def __init__(self, dim: int, time_dim: int, *, zero: bool):
@@ -41,7 +46,7 @@ class StoryFlowAdapter(nnx.List):
         )
 
     def __call__(self, motion: Float[Array, "b m"], frames: int) -> Float[Array, "b f c"]:
-        """Embed `frames - 1` values of `storyflow`, or one value a frame. Returns one vector a frame."""
+        """One vector a frame from `frames - 1` values of `storyflow`, or from one value a frame."""
         first, activation, last = self
         embedding = sinusoidal_embedding(motion, first.in_features)
         if motion.shape[1] != frames:

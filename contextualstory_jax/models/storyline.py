@@ -1,4 +1,4 @@
-"""Storyline Contextualizer: the five sentences' CLIP tokens read each other before they condition any frame."""
+"""Storyline Contextualizer: the sentences' CLIP tokens read each other before any frame does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROTARY_CHANNELS = 32  # of each head, or the whole head where it is narrower
 
 
 class StorylineAttention(Attention):
-    """Self-attention over all tokens of all sentences, or (temporal) over the sentences of one token slot.
+    """Self-attention over all tokens of all sentences, or (temporal) over one token slot of each.
 
     Reference: videoldm_attention.py CrossAttention.
     """
@@ -28,7 +28,7 @@ class StorylineAttention(Attention):
             self.rotary_emb = RotaryEmbedding(min(ROTARY_CHANNELS, dim // HEADS))
 
     def __call__(self, x: Float[Array, "b f l d"]) -> Float[Array, "b f l d"]:  # type: ignore[override]
-        b, f, l, _ = x.shape
+        b, f, length, _ = x.shape
         q, k, v = (
             self.split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v)
         )  # b f l n k
@@ -39,12 +39,11 @@ class StorylineAttention(Attention):
                 attention(q, k, v, np.tri(f, dtype=bool) if self.causal else None), 1, 2
             )
         else:
-            q, k, v = (a.reshape(b, f * l, *a.shape[3:]) for a in (q, k, v))
+            q, k, v = (a.reshape(b, f * length, *a.shape[3:]) for a in (q, k, v))
             # A token sees the tokens of its own and of earlier sentences.
-            mask = (
-                np.kron(np.tri(f, dtype=bool), np.ones((l, l), dtype=bool)) if self.causal else None
-            )
-            out = attention(q, k, v, mask).reshape(b, f, l, *v.shape[2:])
+            earlier = np.tri(f, dtype=bool).repeat(length, axis=0).repeat(length, axis=1)
+            out = attention(q, k, v, earlier if self.causal else None)
+            out = out.reshape(b, f, length, *v.shape[2:])
         return self.merge_heads(out)
 
 
@@ -66,7 +65,7 @@ class StorylineBlock(nnx.Module):
 
 
 class StorylineLayer(nnx.Module):
-    """One layer: blocks across tokens and across sentences in turn. Reference: LinearTransformer3D."""
+    """Blocks across tokens and across sentences in turn. Reference: LinearTransformer3D."""
 
     def __init__(self, config: UNetConfig, *, last: bool):
         kinds = list(zip(config.FStext_layer_temporal, config.FStext_layer_causal, strict=True))
@@ -89,7 +88,8 @@ class StorylineLayer(nnx.Module):
 class StorylineContextualizer(nnx.Module):
     """`output = input + LayerNorm(layers(input + positions))`.
 
-    Rows of `pos_embed` beyond the text's length are never read; they are kept because checkpoints hold them.
+    Rows of `pos_embed` beyond the text's length are never read; they are kept because checkpoints
+    hold them.
 
     Reference: videoldm_unet.py FSTextTransformer; paper section "Storyline Contextualizer".
     """

@@ -1,8 +1,8 @@
-"""What looks across frames: the temporal convolution and the temporal transformer, each blended in by a learned alpha.
+"""What looks across frames: temporal convolution and transformer, blended in by a learned alpha.
 
-`alpha` is 1 at initialisation, where the temporal branch is silent. The original clamps it to [0, 1] in place before
-its use, so that the gradient is that of the clamped value and is not cut: `clamp_alphas` does this to the parameters
-before they are used, and the modules do not clip.
+`alpha` is 1 at initialisation, where the temporal branch is silent. The original clamps it, in
+place and to [0, 1], before its use, so that the gradient is that of the clamped value and is not cut:
+`clamp_alphas` does this to the parameters before they are used, and the modules do not clip.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from contextualstory_jax.models.attention import (
 )
 from contextualstory_jax.models.embeddings import frame_position_table
 from contextualstory_jax.models.layers import (
-    conv,
     conv1x1,
     group_norm,
     layer_norm,
     linear,
     ones,
     parameter,
+    uniform,
 )
 from contextualstory_jax.models.network import Params
 
@@ -37,7 +37,10 @@ TEMPORAL_CONV_GROUPS = 32  # fixed in the original, whatever norm_num_groups say
 
 
 def clamp_alphas(params: Params) -> Params:
-    """Project every temporal blend to [0, 1]. Reference: TemporalResnetBlock.forward, Transformer2DConditionModel."""
+    """Project every temporal blend to [0, 1].
+
+    Reference: TemporalResnetBlock.forward, Transformer2DConditionModel.forward.
+    """
     return {name: jnp.clip(p, 0, 1) if name.endswith("alpha") else p for name, p in params.items()}
 
 
@@ -45,8 +48,9 @@ class TemporalConv(nnx.Module):
     """A (3, 1, 1) convolution over frames, computed as a 2-D one over the plane (frame, pixel)."""
 
     def __init__(self, channels: int):
-        plane = conv(channels, channels, (3, 1), padding=((1, 1), (0, 0)))
-        self.kernel, self.bias = plane.kernel, plane.bias
+        init = uniform(3 * channels)
+        self.kernel = parameter((3, 1, channels, channels), init)
+        self.bias = parameter((channels,), init)
 
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
         plane = x.reshape(*x.shape[:2], -1, x.shape[-1])
@@ -61,7 +65,9 @@ class TemporalConv(nnx.Module):
 
 
 class TemporalResnetBlock(nnx.Module):
-    """Norm, SiLU, convolution over frames, twice, residual, blended by alpha. No time embedding enters.
+    """Norm, SiLU, convolution over frames, twice, residual, blended by alpha.
+
+    No time embedding enters.
 
     Reference: videoldm_unet_blocks.py TemporalResnetBlock.
     """
@@ -80,10 +86,10 @@ class TemporalResnetBlock(nnx.Module):
 
 
 class TemporalAttention(Attention):
-    """Attention of each position over its own frames or, with `seta`, over their 3x3 neighbourhoods too.
+    """Attention of each position over its own frames or, with `seta`, their 3x3 neighbourhoods too.
 
-    Rotary positions turn the first half of the channels before the head split, so that half of the heads see no
-    position; otherwise a fixed sinusoidal table is added to the tokens.
+    Rotary positions turn the first half of the channels before the head split, so that half of the
+    heads see no position; otherwise a fixed sinusoidal table is added to the tokens.
 
     Reference: videoldm_attention.py TemporalConditionalAttention, RotaryEmbAttnProcessor2_0.
     """

@@ -1,8 +1,9 @@
 """The spatio-temporal UNet of ContextualStory.
 
-What does not depend on the denoising step has calls of its own, made once per story, and is passed in:
-`contextualize` (sentences reading each other), `text_keys_values` (every cross-attention's keys and values) and
-`storyflow` (the embedding of scene changes). `__call__` predicts the noise of one step from them.
+What does not depend on the denoising step has calls of its own, made once per story, and is passed
+in: `contextualize` (sentences reading each other), `text_keys_values` (every cross-attention's keys
+and values) and `storyflow` (the embedding of scene changes). `__call__` predicts the noise of one
+step from them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from contextualstory_jax.models.storyline import StorylineContextualizer
 
 
 class UNet(nnx.Module):
-    """Predicts the noise (or what `prediction_type` says) of a story's frames at one diffusion step.
+    """Predicts the noise (or what `prediction_type` says) of a story's frames at one step.
 
     Reference: videoldm_unet.py VideoLDMUNet3DConditionModel; paper section "Method".
     """
@@ -52,16 +53,16 @@ class UNet(nnx.Module):
         self.conv_out = conv3x3(channels[0], config.out_channels)
 
     def contextualize(self, text: Float[Array, "b f l d"]) -> Float[Array, "b f l d"]:
-        """The Storyline Contextualizer, where the config has one. Null text does not go through it."""
+        """The Storyline Contextualizer, where the config has one; null text bypasses it."""
         return text if self.text_adapter is None else self.text_adapter(text)
 
     def text_keys_values(self, storyline: Float[Array, "b f l d"]) -> list[TextKeysValues]:
-        """Keys and values of every cross-attention, block by block; sentence i conditions frame i."""
+        """Every cross-attention's keys and values, by block; sentence i conditions frame i."""
         blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
         return [block.text_keys_values(storyline) for block in blocks]
 
     def storyflow(self, motion: Float[Array, "b m"]) -> Float[Array, "b f c"] | None:
-        """Embed scene changes (`frames - 1` values, or one a frame); None where the config has no adapter."""
+        """Embed scene changes, `frames - 1` values or one a frame; None without an adapter."""
         return (
             None
             if self.msim_embedding is None
@@ -83,7 +84,7 @@ class UNet(nnx.Module):
         storyflow: Float[Array, "#b f c"] | None,
         frame_stride: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b f c"]:
-        """The embedding that every resnet block is told: diffusion step, scene change, frame stride."""
+        """What every resnet block is told: diffusion step, scene change, frame stride."""
         temb = self.time_embedding(self.time_proj(timesteps))[:, None]
         if self.frame_stride_embedding is not None:
             if frame_stride is None:
@@ -106,10 +107,11 @@ class UNet(nnx.Module):
         first_frame: Float[Array, "b h w i"] | None = None,
         frame_stride: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b g h w i"]:
-        """One step's prediction for the `g` frames of `sample`: all of them, or all but the first in continuation.
+        """One step's prediction for the `g` frames of `sample`: in continuation, all but the first.
 
-        Args: `text` and `storyflow` as `text_keys_values` and `storyflow` gave them; `first_frame`, the clean first
-        frame's latents in continuation. Raises ValueError where the config and the inputs disagree.
+        Args: `text` and `storyflow` as `text_keys_values` and `storyflow` gave them; `first_frame`,
+        the clean first frame's latents in continuation. Raises ValueError where the config and the
+        inputs disagree.
         """
         if (first_frame is not None) != self.config.is_continuation:
             raise ValueError(

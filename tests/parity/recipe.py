@@ -1,4 +1,4 @@
-"""Weights that follow from their PyTorch names, as the numbers of the parity cases were computed with."""
+"""Weights that follow from their PyTorch names: those the parity cases were computed with."""
 
 from __future__ import annotations
 

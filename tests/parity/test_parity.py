@@ -1,7 +1,8 @@
-"""Every number the original computed, computed again: one test a case file, whatever its name and sizes.
+"""Every number the original computed, computed again: one test a case file.
 
-`pytest tests/parity --parity-dir DIR` runs the cases found in DIR; without the option, the project's own copies.
-Tolerances are relative L2 errors in float32 on a CPU: a float32 rounding of an input moves an output by a few 1e-6.
+`pytest tests/parity --parity-dir DIR` runs the cases found in DIR, whatever their names and sizes;
+without the option, the project's own copies. Tolerances are relative L2 errors in float32 on a CPU,
+where a float32 rounding of an input moves an output by a few 1e-6.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ UNET_TOLERANCE = 2e-5
 
 
 class Case:
-    """A case file: what was run (`info`), inputs and outputs (`arrays`), and the UNet with the recipe's weights."""
+    """What was run (`info`), inputs and outputs (`arrays`), the UNet with the recipe's weights."""
 
     def __init__(self, path: Path):
         self.info = json.loads(path.read_text())
