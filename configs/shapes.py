@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
                     "rescale_betas_zero_snr": True,
                     "timestep_spacing": "trailing",
                 },
-                "sampling": {"steps": 20, "guidance_scale": 2.0},
+                "sampling": {"steps": 20, "guidance_scale": 1.5},
                 "text_encoder": {
                     "vocab_size": 239,
                     "hidden_size": text_width,
