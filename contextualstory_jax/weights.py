@@ -31,10 +31,7 @@ LAYOUTS: tuple[tuple[str, str, tuple[int, ...] | None, int], ...] = (
 
 # Tensors of PyTorch checkpoints that no computation reads, each with the reason.
 DEAD: tuple[tuple[str, str], ...] = (
-    (
-        r".*\.conv3ds\.\d+\.time_emb_proj\.(weight|bias)",
-        "the temporal convolution is given no time embedding",
-    ),
+    (r".*\.conv3ds\.\d+\.time_emb_proj\.(weight|bias)", "given no time embedding"),
     (r".*\.rotary_bias\.relative_attention_bias\.weight", "the original comments its use out"),
     (r".*\.pos_enc\.dummy", "remembers a device"),
     (r".*\.position_ids", "a buffer holding 0..76"),
@@ -65,8 +62,8 @@ def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def from_torch(name: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
     """A PyTorch tensor in the layout of our parameter `name`, which has `ndim` axes."""
-    _, axes, torch_ndim = _layout(name, ndim)
-    if axes is None or tensor.ndim != torch_ndim:
+    _, axes, _ = _layout(name, ndim)
+    if axes is None:
         return tensor
     return np.ascontiguousarray(tensor.reshape(tensor.shape[: len(axes)]).transpose(axes))
 

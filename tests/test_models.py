@@ -1,0 +1,650 @@
+"""The UNet and its modules: shapes, switches and peculiarities, in models as small as can be."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from contextualstory_jax.config import UNetConfig, UseTemporal
+from contextualstory_jax.models import blocks
+from contextualstory_jax.models.embeddings import (
+    TimestepEmbedding,
+    frame_position_table,
+    sinusoidal_embedding,
+)
+from contextualstory_jax.models.layers import group_norm, layer_norm
+from contextualstory_jax.models.network import Network
+from contextualstory_jax.models.spatial import (
+    Downsample2D,
+    ResnetBlock2D,
+    SpatialTransformer,
+    SpatialTransformerBlock,
+    Upsample2D,
+)
+from contextualstory_jax.models.storyflow import StoryFlowAdapter, interpolation, storyflow
+from contextualstory_jax.models.storyline import StorylineAttention, StorylineContextualizer
+from contextualstory_jax.models.temporal import (
+    TemporalConv,
+    TemporalResnetBlock,
+    TemporalTransformer,
+    clamp_alphas,
+)
+from contextualstory_jax.models.unet import UNet
+
+STORIES, FRAMES, SIZE, TEXT, WIDTH = 1, 3, 4, 2, 16
+
+
+def tiny(**changes) -> UNetConfig:
+    """Two levels, the first without attention; `changes` to it."""
+    values = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 4,
+        "n_frames": FRAMES,
+        "n_temp_heads": 2,
+        "num_layers_FStext": 1,
+        "max_text_length": 4,
+    }
+    return UNetConfig(**values | changes)
+
+
+def random(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def draw(network: Network) -> dict[str, np.ndarray]:
+    """Parameters of which none is zero, one or silent."""
+    rng = np.random.default_rng(0)
+    return {
+        name: np.float32(0.5)
+        if name.endswith("alpha")
+        else (rng.standard_normal(s.shape) / math.sqrt(math.prod(s.shape[:-1]))).astype(np.float32)
+        for name, s in network.shapes.items()
+    }
+
+
+def drawn(make):
+    """A module with such parameters."""
+    network = Network(make)
+    return network.bind(draw(network))
+
+
+def initial(make):
+    """A module as it is before training."""
+    network = Network(make)
+    return network.bind(network.init(0))
+
+
+def differ(a, b, axis) -> np.ndarray:
+    """Along an axis, where two arrays are not the same number for number."""
+    rest = tuple(i for i in range(a.ndim) if i != axis)
+    return np.any(np.asarray(a) != np.asarray(b), axis=rest)
+
+
+# Embeddings and norms
+
+
+def test_steps_are_embedded_as_a_half_of_cosines_and_a_half_of_sines():
+    cos, sin = math.cos, math.sin
+    x = jnp.array([0, 2])
+
+    np.testing.assert_allclose(
+        sinusoidal_embedding(x, 4), [[1, 1, 0, 0], [cos(2), cos(0.02), sin(2), sin(0.02)]], 1e-6
+    )
+    np.testing.assert_allclose(
+        sinusoidal_embedding(x, 4, cos_first=False)[1], [sin(2), sin(0.02), cos(2), cos(0.02)], 1e-6
+    )
+    np.testing.assert_allclose(  # the frequencies then end at 1/10000
+        sinusoidal_embedding(x, 4, freq_shift=1.0)[1, :2], [cos(2), cos(0.0002)], 1e-6
+    )
+
+
+def test_frame_positions_are_interleaved_sines_and_cosines():
+    np.testing.assert_allclose(
+        frame_position_table(3, 4),
+        [
+            [0, 1, 0, 1],
+            [math.sin(1), math.cos(1), math.sin(0.1), math.cos(0.1)],
+            [math.sin(2), math.cos(2), math.sin(0.2), math.cos(0.2)],
+        ],
+        rtol=1e-6,
+    )
+
+
+def test_a_group_s_statistics_are_of_one_frame():
+    x = random(2, 3, 2, 2, 4)
+    expected = np.asarray(x).reshape(2, 3, 4, 2, 2)  # stories, frames, pixels, groups, channels
+    mean = expected.mean(axis=(2, 4), keepdims=True)
+    variance = expected.var(axis=(2, 4), keepdims=True)
+    expected = (expected - mean) / np.sqrt(variance + 1e-5)
+
+    out = initial(lambda: group_norm(4, 2, 1e-5))(x)
+
+    np.testing.assert_allclose(out, expected.reshape(x.shape), rtol=1e-5, atol=1e-5)
+
+
+CONFIG = tiny()
+NORMS = {
+    "LayerNorm": (lambda: layer_norm(32), lambda m: [m], 1e-5),
+    "ResnetBlock2D": (
+        lambda: ResnetBlock2D(CONFIG, 32, 32, 8),
+        lambda m: [m.norm1, m.norm2],
+        CONFIG.norm_eps,
+    ),
+    "SpatialTransformer": (lambda: SpatialTransformer(CONFIG, 32, 2), lambda m: [m.norm], 1e-6),
+    "TemporalResnetBlock": (
+        lambda: TemporalResnetBlock(32),
+        lambda m: [m.norm1, m.norm2],
+        1e-6,
+    ),
+    "TemporalTransformer": (
+        lambda: TemporalTransformer(CONFIG, 32, 2, seta=True, rotary=True),
+        lambda m: [m.norm],
+        1e-6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_add_the_original_s_epsilon_to_the_variance(name):
+    make, norms, epsilon = NORMS[name]
+    x = 1e-3 * jnp.tile(jnp.array([1.0, -1.0]), 16).reshape(1, 1, 1, 1, 32)
+    if name != "LayerNorm":  # a group of one channel: over pixels
+        x = 1e-3 * jnp.array([1.0, -1.0]).reshape(1, 1, 1, 2, 1) * jnp.ones(32)
+
+    for norm in norms(initial(make)):
+        expected = 1e-3 / math.sqrt(1e-6 + epsilon)
+        np.testing.assert_allclose(np.abs(norm(x)), expected, rtol=1e-4)
+
+
+def test_the_temporal_convolution_s_groups_are_32_whatever_the_config_s():
+    assert initial(lambda: TemporalResnetBlock(64)).norm1.num_groups == 32
+
+
+# One frame at a time
+
+
+@pytest.mark.parametrize(
+    ("tap", "expected"),
+    [((0, 0), [[0, 0], [0, 5]]), ((1, 1), [[0, 2], [8, 10]]), ((2, 2), [[5, 7], [13, 15]])],
+)
+def test_downsampling_pads_every_side(tap, expected):
+    kernel = jnp.zeros((3, 3, 1, 1)).at[tap].set(1)
+    downsample = Network(lambda: Downsample2D(1)).bind(
+        {"conv.kernel": kernel, "conv.bias": jnp.zeros(1)}
+    )
+
+    out = downsample(jnp.arange(16.0).reshape(1, 1, 4, 4, 1))
+
+    np.testing.assert_array_equal(out[0, 0, :, :, 0], expected)
+
+
+def test_upsampling_repeats_pixels():
+    kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1)
+    upsample = Network(lambda: Upsample2D(1)).bind(
+        {"conv.kernel": kernel, "conv.bias": jnp.zeros(1)}
+    )
+
+    out = upsample(jnp.array([[1.0, 2]]).reshape(1, 1, 1, 2, 1))
+
+    np.testing.assert_array_equal(out[0, 0, :, :, 0], [[1, 1, 2, 2], [1, 1, 2, 2]])
+
+
+@pytest.mark.parametrize(("see_first_frame", "moved"), [(False, [1, 0, 0]), (True, [1, 1, 1])])
+def test_frames_see_the_first_one_where_they_are_let(see_first_frame, moved):
+    block = drawn(lambda: SpatialTransformerBlock(4, 2, WIDTH))
+    x = random(1, FRAMES, 2, 4)
+    text = block.attn2.keys_values(random(1, FRAMES, TEXT, WIDTH, seed=1))
+    changed = x.at[:, 0, 1].multiply(-1)  # adding a number would be lost in the norm
+
+    out, out_of_changed = (block(a, text, see_first_frame) for a in (x, changed))
+
+    np.testing.assert_array_equal(differ(out, out_of_changed, axis=1), moved)
+
+
+def test_the_first_frame_sees_its_own_tokens_twice_without_effect():
+    block = drawn(lambda: SpatialTransformerBlock(4, 2, WIDTH))
+    x = random(1, FRAMES, 2, 4)
+    text = block.attn2.keys_values(random(1, FRAMES, TEXT, WIDTH, seed=1))
+
+    alone, seen = block(x, text, False), block(x, text, True)
+
+    np.testing.assert_allclose(alone[:, 0], seen[:, 0], rtol=1e-4, atol=1e-5)
+    assert np.abs(alone[:, 1:] - seen[:, 1:]).max() > 1e-3
+
+
+def test_a_sentence_conditions_its_own_frame():
+    block = drawn(lambda: SpatialTransformerBlock(4, 2, WIDTH))
+    x, text = random(1, FRAMES, 2, 4), random(1, FRAMES, TEXT, WIDTH, seed=1)
+    changed = text.at[:, 1].add(1)
+
+    out, out_of_changed = (block(x, block.attn2.keys_values(t), False) for t in (text, changed))
+
+    np.testing.assert_array_equal(differ(out, out_of_changed, axis=1), [False, True, False])
+
+
+# Across frames
+
+
+def test_the_temporal_convolution_is_a_sum_over_three_frames():
+    layer = drawn(lambda: TemporalConv(4))
+    x = random(2, 5, 2, 3, 4)
+    kernel, bias = np.asarray(layer.kernel[...])[:, 0], np.asarray(layer.bias[...])
+    padded = np.pad(np.asarray(x), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    expected = sum(padded[:, t : t + 5] @ kernel[t] for t in range(3)) + bias
+
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+TEMPORAL = {
+    "convolution": lambda: TemporalResnetBlock(32),
+    "transformer": lambda: TemporalTransformer(tiny(), 32, 2, seta=True, rotary=True),
+    "sinusoidal transformer": lambda: TemporalTransformer(tiny(), 32, 2, seta=True, rotary=False),
+}
+
+
+@pytest.mark.parametrize("make", TEMPORAL.values(), ids=TEMPORAL)
+def test_temporal_modules_start_silent(make):
+    x = random(1, FRAMES, 2, 2, 32)
+
+    np.testing.assert_array_equal(initial(make)(x), x)
+
+
+@pytest.mark.parametrize("make", TEMPORAL.values(), ids=TEMPORAL)
+def test_alpha_blends_input_and_output(make):
+    network = Network(make)
+    x, params = random(1, FRAMES, 2, 2, 32), draw(network)
+
+    branch, blend = (
+        network.bind(params | {"alpha": np.array([alpha], np.float32)})(x) for alpha in (0, 0.25)
+    )
+
+    assert np.abs(branch - x).max() > 0.1
+    np.testing.assert_allclose(blend, 0.25 * x + 0.75 * branch, rtol=1e-5, atol=1e-5)
+
+
+def test_only_alphas_are_clamped():
+    params = {"a.alpha": np.array([1.5]), "b.alpha": np.array([-0.5]), "a.bias": np.array([1.5])}
+
+    clamped = clamp_alphas(params)
+
+    assert {name: p.item() for name, p in clamped.items()} == {
+        "a.alpha": 1,
+        "b.alpha": 0,
+        "a.bias": 1.5,
+    }
+
+
+# StoryFlow Adapter
+
+
+def test_storyflow_is_the_distance_between_neighbouring_frames():
+    frames = [[0, 0], [3, 4], [3, 0], [0, 0]]  # of one row of two pixels
+
+    changes = storyflow(jnp.array(frames, jnp.bfloat16).reshape(1, 4, 1, 2, 1))
+
+    assert changes.dtype == jnp.float32
+    np.testing.assert_array_equal(changes, [[5, 4, 3]])
+
+
+def test_four_values_are_stretched_to_five_frames():
+    np.testing.assert_allclose(
+        interpolation(5),
+        [[1, 0, 0, 0], [0.3, 0.7, 0, 0], [0, 0.5, 0.5, 0], [0, 0, 0.7, 0.3], [0, 0, 0, 1]],
+        atol=1e-6,
+    )
+
+
+def test_embeddings_are_stretched_before_the_mlp():
+    adapter = drawn(lambda: StoryFlowAdapter(8, 8, zero=False))
+    motion = jnp.array([[0.0, 1, 5, 20]])
+    embeddings = jnp.einsum("fm,bmc->bfc", interpolation(5), sinusoidal_embedding(motion, 8))
+    first, activation, last = adapter
+
+    out = adapter(motion, 5)
+
+    np.testing.assert_allclose(out, last(activation(first(embeddings))), rtol=1e-5, atol=1e-6)
+    assert np.abs(out - adapter(motion @ interpolation(5).T, 5)).max() > 1e-2
+
+
+def test_one_value_a_frame_is_not_stretched():
+    adapter = drawn(lambda: StoryFlowAdapter(8, 8, zero=False))
+
+    out = adapter(jnp.array([[1.0, 2, 3, 4, 5]]), 5)
+    changed = adapter(jnp.array([[1.0, 2, 9, 4, 5]]), 5)
+
+    np.testing.assert_array_equal(differ(out, changed, axis=1), [0, 0, 1, 0, 0])
+
+
+# Storyline Contextualizer
+
+
+@pytest.mark.parametrize("temporal", [False, True])
+@pytest.mark.parametrize(("causal", "moved"), [(True, [0, 1, 1]), (False, [1, 1, 1])])
+def test_under_a_causal_mask_a_sentence_does_not_see_later_ones(temporal, causal, moved):
+    layer = drawn(lambda: StorylineAttention(WIDTH, temporal, causal))
+    text = random(1, FRAMES, TEXT, WIDTH)
+    changed = text.at[:, 1, 1].add(1)  # the last token of the second sentence
+
+    out, out_of_changed = layer(text), layer(changed)
+
+    np.testing.assert_array_equal(differ(out, out_of_changed, axis=1), moved)
+    # Across tokens a whole sentence sees it; across sentences, only its own token slot does.
+    slots = [not temporal, True]
+    np.testing.assert_array_equal(differ(out[:, 1:2], out_of_changed[:, 1:2], axis=2), slots)
+
+
+def test_sentences_are_told_apart_by_rotary_positions():
+    layer = drawn(lambda: StorylineAttention(64, temporal=True, causal=False))
+    text = jnp.repeat(random(1, 1, 1, 64), FRAMES, axis=1) + 0.1 * random(1, FRAMES, 1, 64, seed=1)
+
+    out, backwards = layer(text), layer(text[:, ::-1])[:, ::-1]
+
+    assert layer.rotary_emb.freqs.shape == (4,)  # a head has 8 channels
+    assert np.abs(out - backwards).max() > 1e-4
+
+
+def test_the_contextualizer_is_not_the_identity_at_initialisation():
+    contextualizer = initial(lambda: StorylineContextualizer(tiny()))
+    text = random(1, FRAMES, TEXT, WIDTH)
+
+    added = contextualizer(text) - text
+
+    np.testing.assert_allclose(added.mean(axis=-1), 0, atol=1e-5)
+    np.testing.assert_allclose(added.std(axis=-1), 1, rtol=1e-3)
+
+
+def test_the_contextualizer_s_last_feed_forward_starts_at_zero():
+    params = Network(lambda: StorylineContextualizer(tiny(num_layers_FStext=2))).init(0)
+    zero = {name for name, p in params.items() if name.endswith("ff.net.2.kernel") and not p.any()}
+
+    assert zero == {"trf_blocks.1.transformer_blocks.1.ff.net.2.kernel"}
+
+
+def test_positions_beyond_the_text_are_not_read():
+    network = Network(lambda: StorylineContextualizer(tiny()))
+    params, text = draw(network), random(1, FRAMES, TEXT, WIDTH)
+
+    def changed(row):
+        table = params["pos_embed"].copy()
+        table[:, :, row] += 1 + np.arange(WIDTH)
+        return network.bind(params | {"pos_embed": table})(text)
+
+    out = network.bind(params)(text)
+
+    np.testing.assert_array_equal(out, changed(TEXT))
+    assert np.abs(out - changed(TEXT - 1)).max() > 1e-3
+
+
+# The UNet
+
+
+def inputs(config: UNetConfig, dtype=jnp.float32) -> tuple:
+    """Abstract inputs of `predict`: sample, timesteps, text, StoryFlow, first frame, stride."""
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct((STORIES, *shape), dtype)
+
+    given = config.is_continuation
+    return (
+        array(FRAMES - given, SIZE, SIZE, config.in_channels),
+        array(dtype=jnp.int32),
+        array(FRAMES, TEXT, WIDTH),
+        array(FRAMES - 1, dtype=jnp.float32),
+        array(SIZE, SIZE, config.in_channels) if given else None,
+        array(dtype=jnp.int32) if config.use_frame_stride_condition else None,
+    )
+
+
+def predict(unet: UNet, sample, timesteps, text, motion, first_frame, frame_stride):
+    """A story's way through all of the UNet's calls."""
+    text = unet.text_keys_values(unet.contextualize(text))
+    return unet(sample, timesteps, text, unet.storyflow(motion), first_frame, frame_stride)
+
+
+def traced(config: UNetConfig, dtype=None) -> tuple[set[str], jax.ShapeDtypeStruct]:
+    """The names of a UNet's parameters and the shape of what it predicts; nothing is computed."""
+    network = Network(lambda: UNet(config))
+    out = jax.eval_shape(
+        lambda params, *xs: predict(network.bind(params, dtype), *xs),
+        network.shapes,
+        *inputs(config, dtype or jnp.float32),
+    )
+    return set(network.shapes), out
+
+
+def having(names: set[str], *parts: str) -> set[str]:
+    return {name for name in names if any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize(
+    ("mode", "frames", "first_frame_convs"),
+    [("none", 3, 0), ("conv2d", 2, 5), ("concat", 2, 0), ("input_only", 2, 0)],
+)
+def test_every_first_frame_mode_predicts_the_frames_that_are_not_given(
+    mode, frames, first_frame_convs
+):
+    names, out = traced(tiny(first_frame_condition_mode=mode))
+
+    assert out.shape == (STORIES, frames, SIZE, SIZE, 3)
+    assert len(having(names, "first_frame_conv.kernel")) == first_frame_convs  # one a block
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("none", (False, False, False)),
+        ("conv2d", (False, True, True)),
+        ("concat", (True, True, True)),
+        ("input_only", (False, False, False)),
+    ],
+)
+def test_which_blocks_self_attention_sees_the_first_frame(mode, expected):
+    unet = UNet(tiny(first_frame_condition_mode=mode))
+
+    for down, up in zip(unet.down_blocks, unet.up_blocks, strict=True):
+        seeing = (down.see_first_frame, unet.mid_block.see_first_frame, up.see_first_frame)
+        assert seeing == expected
+
+
+SWITCHES = {
+    "temporal attention": ({"use_temporal": UseTemporal(temporal_attn=False)}, "tempo_attns."),
+    "temporal convolution": ({"use_temporal": UseTemporal(temporal_conv=False)}, "conv3ds."),
+    "StoryFlow Adapter": ({"use_motion_condition": False}, "msim_embedding."),
+    "Storyline Contextualizer": ({"use_text_cross_attention": ""}, "text_adapter."),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_is_switched_off_has_no_parameters(switch):
+    changes, part = SWITCHES[switch]
+    whole = set(Network(lambda: UNet(tiny())).shapes)
+
+    names, out = traced(tiny(**changes))
+
+    assert having(whole, part)
+    assert names == whole - having(whole, part)
+    assert out.shape == (STORIES, FRAMES, SIZE, SIZE, 3)
+
+
+def test_projections_of_transformers_may_be_convolutions():
+    network = Network(lambda: UNet(tiny(use_linear_projection=False)))
+    projections = {n: s.shape for n, s in network.shapes.items() if ".proj_" in n and "kernel" in n}
+
+    _, out = traced(tiny(use_linear_projection=False))
+
+    assert set(projections.values()) == {(1, 1, 32, 32)}
+    assert out.shape == (STORIES, FRAMES, SIZE, SIZE, 3)
+
+
+def test_sinusoidal_positions_work_with_seta():
+    names, out = traced(tiny(temp_pos_embedding="sinusoidal"))
+
+    assert not having(names - having(names, "text_adapter"), "freqs")
+    assert out.shape == (STORIES, FRAMES, SIZE, SIZE, 3)
+
+
+def test_the_last_down_and_the_first_up_block_of_the_published_model_have_no_attention():
+    names = set(Network(lambda: UNet(UNetConfig())).shapes)
+
+    assert not having(having(names, "down_blocks.3.", "up_blocks.0."), "attentions", "tempo_attns")
+    assert having(names, "down_blocks.2.tempo_attns", "up_blocks.1.tempo_attns")
+
+
+def test_the_mid_block_s_temporal_attention_is_the_spatial_one_s_in_heads_and_has_no_rotary():
+    unet = UNet(tiny())
+    pair = (unet.mid_block, unet.down_blocks[1])
+    mid, down = (block.tempo_attns[0].transformer_blocks[0] for block in pair)
+
+    assert (mid.attn1.heads, mid.attn2.heads) == (4, 4)
+    assert (down.attn1.heads, down.attn2.heads) == (2, 2)
+    assert (mid.attn1.seta, mid.attn1.rotary_emb) == (False, None)
+    assert (down.attn1.seta, down.attn2.seta) == (True, False)
+
+
+def test_the_unet_computes_in_the_dtype_of_its_parameters():
+    _, out = traced(tiny(use_frame_stride_condition=True), jnp.bfloat16)
+
+    assert out.dtype == jnp.bfloat16
+
+
+CONTINUATION = tiny(
+    first_frame_condition_mode="conv2d",
+    down_block_types=("DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D"),
+    use_motion_condition=False,
+    use_text_cross_attention="",
+)
+
+
+def continued(unet: UNet, first_frame: jax.Array) -> jax.Array:
+    sample = random(STORIES, FRAMES - 1, SIZE, SIZE, 3)
+    text = random(STORIES, FRAMES, TEXT, WIDTH)
+    timesteps = jnp.full(STORIES, 10)
+    return unet(sample, timesteps, unet.text_keys_values(text), None, first_frame)
+
+
+@pytest.fixture(scope="module")
+def continuation():
+    network = Network(lambda: UNet(CONTINUATION))
+    return network, draw(network)
+
+
+def test_the_first_frame_enters_by_its_convolutions_alone(continuation):
+    # Every block overwrites frame 0 of its input, and so the stored skip that this input is too.
+    network, params = continuation
+    silent = {n: p * 0 if "first_frame_conv.kernel" in n else p for n, p in params.items()}
+    first_frame = random(STORIES, SIZE, SIZE, 3, seed=1)
+    call = jax.jit(lambda params, frame: continued(network.bind(params), frame))
+
+    np.testing.assert_array_equal(call(silent, first_frame), call(silent, first_frame + 1))
+    assert np.abs(call(params, first_frame) - call(params, first_frame + 1)).max() > 1e-2
+
+
+def test_skips_that_are_a_block_s_input_hold_the_first_frame(continuation, monkeypatch):
+    network, params = continuation
+    first_frame = random(STORIES, SIZE, SIZE, 3, seed=1)
+    received = []
+
+    def record(self, x, skips, temb, text):
+        received.append(list(skips))
+        return jnp.zeros((STORIES, FRAMES, SIZE, SIZE, 32))
+
+    @jax.jit
+    def received_skips(params):
+        continued(network.bind(params), first_frame)
+        return received[0]
+
+    monkeypatch.setattr(blocks.UpBlock, "__call__", record)
+
+    conv_in, resnet0, downsampled, resnet1 = (skip[:, 0] for skip in received_skips(params))
+
+    unet = network.bind(params)
+    down, mid = unet.down_blocks, unet.mid_block
+    np.testing.assert_allclose(conv_in, down[0].first_frame_conv(first_frame), 1e-4, 1e-5)
+    halved = first_frame[:, ::2, ::2]  # by nearest neighbour
+    np.testing.assert_allclose(downsampled, down[1].first_frame_conv(halved), 1e-4, 1e-5)
+    np.testing.assert_allclose(resnet1, mid.first_frame_conv(halved), 1e-4, 1e-5)
+    assert np.abs(resnet0 - conv_in).max() > 0.1  # what no block begins with is left alone
+
+
+def test_only_frame_0_is_overwritten(continuation):
+    network, params = continuation
+    block = network.bind(params).down_blocks[0]
+    x, first_frame = random(STORIES, FRAMES, 2, 2, 32), random(STORIES, SIZE, SIZE, 3, seed=1)
+
+    out = block.put_first_frame(x, first_frame)
+
+    np.testing.assert_array_equal(differ(out, x, axis=1), [True, False, False])
+
+
+@pytest.fixture(scope="module")
+def strided():
+    return drawn(lambda: UNet(tiny(use_frame_stride_condition=True)))
+
+
+def test_the_time_embedding_tells_step_scene_change_and_stride(strided):
+    timesteps, stride = jnp.array([10]), jnp.array([1])
+    flow = random(1, FRAMES, 128)
+
+    temb = strided.embed_time(timesteps, flow, stride)
+
+    assert temb.shape == (1, FRAMES, 128)
+    np.testing.assert_allclose(
+        temb - strided.embed_time(timesteps, jnp.zeros_like(flow), stride), flow, atol=1e-5
+    )
+    for other in (
+        strided.embed_time(timesteps + 1, flow, stride),
+        strided.embed_time(timesteps, flow, stride + 1),
+    ):
+        assert np.abs(temb - other).max(axis=-1).min() > 1e-3
+
+
+def test_frame_stride_and_storyflow_start_silent():
+    params = Network(lambda: UNet(tiny(use_frame_stride_condition=True))).init(0)
+
+    for name in ("frame_stride_embedding.linear_2", "msim_embedding.2"):
+        assert not params[f"{name}.kernel"].any()
+        assert not params[f"{name}.bias"].any()
+
+
+def test_the_time_embedding_s_mlp_is_linear_silu_linear():
+    mlp = drawn(lambda: TimestepEmbedding(4, 8))
+    x = random(2, 4)
+    hidden = np.asarray(mlp.linear_1(x))
+
+    np.testing.assert_allclose(mlp(x), mlp.linear_2(hidden / (1 + np.exp(-hidden))), 1e-5, 1e-6)
+
+
+def test_a_missing_condition_is_refused(strided):
+    timesteps, flow = jnp.array([10]), jnp.zeros((1, FRAMES, 128))
+
+    with pytest.raises(ValueError, match="use_frame_stride_condition: give frame_stride"):
+        strided.embed_time(timesteps, flow)
+    with pytest.raises(ValueError, match="use_motion_condition: give the StoryFlow embedding"):
+        strided.embed_time(timesteps, None, timesteps)
+
+
+def test_a_first_frame_is_refused_by_a_visualization_model(strided):
+    sample = jnp.zeros((1, FRAMES - 1, SIZE, SIZE, 3))
+
+    with pytest.raises(ValueError, match="first_frame_condition_mode is 'none'"):
+        strided(sample, jnp.array([10]), [], first_frame=sample[:, 0])
+
+
+def test_a_continuation_model_asks_for_the_first_frame(continuation):
+    network, params = continuation
+    unet = network.bind(params)
+
+    with pytest.raises(ValueError, match="first_frame_condition_mode is 'conv2d'"):
+        unet(jnp.zeros((1, FRAMES - 1, SIZE, SIZE, 3)), jnp.array([10]), [])

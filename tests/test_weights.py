@@ -1,0 +1,141 @@
+"""Names and layouts of PyTorch checkpoints, and what the converter refuses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from contextualstory_jax import weights
+from contextualstory_jax.config import AutoencoderKLConfig, TextEncoderConfig, UNetConfig
+from contextualstory_jax.errors import UserError
+from contextualstory_jax.models.clip_text import CLIPTextModel
+from contextualstory_jax.models.network import Network
+from contextualstory_jax.models.unet import UNet
+from contextualstory_jax.models.vae import AutoencoderKL
+
+# Key and shape of every tensor in the released checkpoints, by model.
+PUBLISHED = Path(__file__).parent / "fixtures" / "published_shapes.json.gz"
+
+MODELS = {
+    "unet_visualization": lambda: UNet(UNetConfig()),
+    "unet_continuation": lambda: UNet(UNetConfig(first_frame_condition_mode="conv2d")),
+    "vae": lambda: AutoencoderKL(AutoencoderKLConfig()),
+    "text_encoder": lambda: CLIPTextModel(TextEncoderConfig()),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "tensors", "dead"),
+    [
+        ("unet_visualization", 1_424_190_732, 1537, 76),
+        ("unet_continuation", 1_424_232_332, 1555, 76),
+        ("vae", 83_653_863, 248, 0),
+        ("text_encoder", 340_387_840 + 77, 373, 1),
+    ],
+)
+def test_names_and_shapes_at_published_size_are_the_checkpoint_s(model, values, tensors, dead):
+    published = json.loads(gzip.decompress(PUBLISHED.read_bytes()))[model]
+    published = {key: tuple(shape) for key, shape in published.items()}
+
+    shapes = Network(MODELS[model]).shapes
+
+    ours = {
+        weights.torch_key(name, len(s.shape)): weights.torch_shape(name, s.shape)
+        for name, s in shapes.items()
+    }
+    assert len(ours) == len(shapes)
+    assert len(published) == tensors
+    assert sum(map(math.prod, published.values())) == values
+    unread = published.keys() - ours.keys()
+    assert {key: published[key] for key in published.keys() - unread} == ours
+    assert len(unread) == dead
+    assert {
+        key for key in published if any(re.fullmatch(pattern, key) for pattern, _ in weights.DEAD)
+    } == unread
+
+
+@pytest.mark.parametrize(
+    ("name", "ndim", "key"),
+    [
+        ("conv_in.kernel", 4, "conv_in.weight"),
+        ("conv_in.bias", 1, "conv_in.bias"),
+        ("time_embedding.linear_1.kernel", 2, "time_embedding.linear_1.weight"),
+        ("down_blocks.0.resnets.1.norm1.scale", 1, "down_blocks.0.resnets.1.norm1.weight"),
+        ("mid_block.conv3ds.0.conv1.kernel", 4, "mid_block.conv3ds.0.conv1.weight"),
+        ("mid_block.conv3ds.0.alpha", 1, "mid_block.conv3ds.0.alpha"),
+        ("msim_embedding.0.kernel", 2, "msim_embedding.0.weight"),
+        ("text_adapter.pos_embed", 4, "text_adapter.pos_embed"),
+        ("a.rotary_emb.freqs", 1, "a.rotary_emb.freqs"),
+        ("a.token_embedding.embedding", 2, "a.token_embedding.weight"),
+    ],
+)
+def test_a_key_is_our_name_but_for_the_last_word(name, ndim, key):
+    assert weights.torch_key(name, ndim) == key
+
+
+LAYOUTS = {  # our name: (PyTorch's shape, ours, an index there, the same value's index here)
+    "a.linear.kernel": ((2, 3), (3, 2), (1, 2), (2, 1)),
+    "a.conv.kernel": ((2, 3, 4, 5), (4, 5, 3, 2), (1, 2, 3, 0), (3, 0, 2, 1)),
+    "a.conv3ds.0.conv1.kernel": ((2, 4, 3, 1, 1), (3, 1, 4, 2), (1, 3, 2, 0, 0), (2, 0, 3, 1)),
+    "a.norm.scale": ((3,), (3,), (2,), (2,)),
+    "a.table.embedding": ((4, 3), (4, 3), (3, 1), (3, 1)),
+    "a.pos_embed": ((1, 2, 3, 4), (1, 2, 3, 4), (0, 1, 2, 3), (0, 1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS.items())
+def test_layouts_go_there_and_back(name, layout):
+    torch_shape, shape, there, here = layout
+    tensor = np.arange(math.prod(torch_shape)).reshape(torch_shape)
+
+    ours = weights.from_torch(name, tensor, len(shape))
+
+    assert ours.shape == shape
+    assert ours[here] == tensor[there]
+    assert weights.torch_shape(name, shape) == torch_shape
+    np.testing.assert_array_equal(weights.to_torch(name, ours), tensor)
+
+
+SHAPES = {
+    name: jax.ShapeDtypeStruct(shape, np.float32)
+    for name, shape in {"a.kernel": (3, 2), "a.bias": (2,), "b.scale": (4,)}.items()
+}
+
+
+def test_conversion_fills_every_parameter_and_passes_over_dead_tensors():
+    tensors = {
+        "a.weight": np.arange(6.0).reshape(2, 3),
+        "a.bias": np.zeros(2),
+        "b.weight": np.ones(4),
+        "text_model.embeddings.position_ids": np.arange(77),
+    }
+
+    params = weights.convert(tensors, SHAPES)
+
+    assert params.keys() == SHAPES.keys()
+    np.testing.assert_array_equal(params["a.kernel"], [[0, 3], [1, 4], [2, 5]])
+
+
+def test_conversion_names_all_problems_at_once():
+    tensors = {
+        "a.weight": np.zeros((3, 2)),  # of a PyTorch shape that only looks like ours
+        "b.weight": np.zeros(4),
+        "c.weight": np.zeros(1),
+    }
+
+    with pytest.raises(UserError) as refusal:
+        weights.convert(tensors, SHAPES)
+
+    assert str(refusal.value) == (
+        "weights do not fit this model: "
+        "a.bias: missing; "
+        "a.weight: shape (3, 2), expected (2, 3); "
+        "c.weight: no such parameter in this model"
+    )
