@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -48,7 +47,6 @@ class ScalarWriter:
 def _step(line: str) -> float:
     """The step of a line; infinity for a line that a kill cut short."""
     try:
-        record: Any = json.loads(line)
-        return record["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")

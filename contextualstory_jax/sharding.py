@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from contextualstory_jax.config import MeshConfig, require
 
@@ -44,7 +44,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one array by the rules."""
     for pattern, last_axes in RULES:
         if re.fullmatch(pattern, path):
@@ -58,7 +58,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec()
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of every array of a tree, by the dict keys on the way to it."""
 
     def of_leaf(path: tuple, leaf: Any) -> NamedSharding:

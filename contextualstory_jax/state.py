@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from contextualstory_jax.config import NoiseConfig, OptimizerConfig, TrainConfig, require
+from contextualstory_jax.config import OptimizerConfig, TrainConfig, require
 from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, training_target
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
@@ -25,6 +25,7 @@ from contextualstory_jax.model import Parts, StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
 
 
+@no_type_check  # of arrays here; JAX makes others, of shapes and of shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -140,18 +141,21 @@ def init_state(params: Parts, config: TrainConfig) -> TrainState:
 
 
 def draw(
-    model: StoryModel, params: Parts, images: Array, keys: Key[Array, " b"], config: TrainConfig
+    model: StoryModel,
+    params: Parts,
+    images: UInt8[Array, "b f h w 3"],
+    keys: Key[Array, " b"],
+    config: TrainConfig,
 ) -> Draws:
     """Latents, noise, timesteps and drops of a batch, with one key a story."""
     latent_keys, noise_keys, time_keys, text_keys, frame_keys = jax.vmap(
         lambda key: jax.random.split(key, 5), out_axes=1
     )(keys)
     latents = model.encode_pictures(params, images, latent_keys)
-    noise_config: NoiseConfig = config.model.noise
-    shape = latents.shape[1:]
+    _, f, p, q, c = latents.shape
     return Draws(
         latents=latents,
-        noise=jax.vmap(lambda key: story_noise(key, shape, noise_config))(noise_keys),
+        noise=jax.vmap(lambda key: story_noise(key, (f, p, q, c), config.model.noise))(noise_keys),
         timesteps=jax.vmap(
             lambda key: jax.random.randint(key, (), 0, config.model.scheduler.num_train_timesteps)
         )(time_keys),
@@ -248,13 +252,13 @@ def make_train_step(
         value, gradient = jax.tree.map(lambda x: x / config.accumulation_steps, (value, gradient))
         metrics = {
             "loss": value,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": rate(state.step),
         }
         new = update(state, gradient, tx, config.optimizer.ema_decay)
         change = jax.tree.map(jnp.subtract, new.params, state.params)
-        metrics["param_norm"] = optax.global_norm(new.params)
-        metrics["update_norm"] = optax.global_norm(change)
+        metrics["param_norm"] = optax.tree.norm(new.params)
+        metrics["update_norm"] = optax.tree.norm(change)
         new = dataclasses.replace(
             new,
             storyflow_sum=state.storyflow_sum + motion,

@@ -170,7 +170,7 @@ def compile_step(
     """The training step over the mesh: state donated and kept where it lies, metrics everywhere."""
     placed = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
-        make_train_step(model, config, tokenizer([""])[0]),
+        make_train_step(model, config, jnp.asarray(tokenizer([""])[0])),
         donate_argnums=0,
         in_shardings=(placed, NamedSharding(mesh, BATCH)),
         out_shardings=(placed, None),

@@ -1,0 +1,371 @@
+"""The training loop on a tiny model: its workdir, going on, stopping, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from contextualstory_jax import trainer
+from contextualstory_jax.checkpoint import load_weights
+from contextualstory_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from contextualstory_jax.data.loader import TOKENIZER_DIR
+from contextualstory_jax.errors import UserError
+from contextualstory_jax.model import StoryModel
+from contextualstory_jax.sharding import make_mesh
+from contextualstory_jax.state import TrainState, init_state
+from contextualstory_jax.tokenizer import Tokenizer
+from contextualstory_jax.trainer import NonFiniteLoss, train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_model_config: ModelConfig) -> TrainConfig:
+    """Four steps, every second of which is saved."""
+    return TrainConfig(
+        model=tiny_model_config,
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine"),
+        steps=4,
+        batch_size=2,
+        compute_dtype="float32",
+        trainable=(r"unet\..*", r"text_encoder\..*"),
+        log_every=1,
+        checkpoint_every=2,
+        sample_every=1000,
+        sample_stories=1,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once() -> Iterator[None]:
+    """One program for all runs that differ only in the loop: tracing takes longer than they do."""
+    compile_step, programs = trainer.compile_step, {}
+
+    def compile_new(model: StoryModel, config: TrainConfig, *arguments: Any) -> trainer.Step:
+        loop = {"log_every": 1, "checkpoint_every": 1, "sample_every": 1, "max_minutes": None}
+        key = dataclasses.replace(config, **loop)
+        if key not in programs:
+            programs[key] = compile_step(model, config, *arguments)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "compile_step", compile_new)
+        yield
+
+
+@pytest.fixture
+def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "draw_samples", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Path]:
+    """A run without interruption, and its workdir."""
+    workdir = tmp_path_factory.mktemp("whole") / "new" / "run"
+    return train_and_evaluate(recipe, workdir), workdir
+
+
+def metrics(workdir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without the clock's."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    assert all(line.pop("stories_per_second") >= 0 for line in lines)
+    return lines
+
+
+def files(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Every array is equal, bit for bit."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_workdir_holds_all_of_the_run(whole, recipe, tiny_model_config):
+    state, workdir = whole
+
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "model.json",
+        "parameters.txt",
+        "samples",
+        "tensorboard",
+        "tokenizer",
+    }
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+    config = json.loads((workdir / "config.json").read_text())
+    assert config == json.loads(json.dumps(dataclasses.asdict(recipe)))
+    assert "unet/conv_in.kernel" in (workdir / "parameters.txt").read_text()
+    assert (workdir / "tokenizer" / "vocab.json").is_file()
+    (events,) = (workdir / "tensorboard").iterdir()
+    assert b"param_norm" in events.read_bytes()
+    with Image.open(workdir / "samples" / "step_0000004.png") as picture:
+        assert picture.size == (5 * 16, 2 * 16)  # originals above, drawn ones below
+    assert int(state.step) == 4
+
+
+def test_metrics_are_finite_and_of_every_step(whole):
+    lines = metrics(whole[1])
+
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    names = {"step", "loss", "grad_norm", "param_norm", "update_norm", "learning_rate"}
+    assert all(line.keys() == names for line in lines)
+    assert all(np.isfinite(value) and value > 0 for line in lines for value in line.values())
+
+
+def test_the_last_checkpoint_is_the_state_returned(whole, tiny_model_config):
+    state, workdir = whole
+    shapes = StoryModel(tiny_model_config).shapes
+
+    raw, meta = load_weights(workdir, "raw", shapes)
+    ema, _ = load_weights(workdir, "ema", shapes)
+
+    assert_same(raw, state.params)
+    assert_same(ema, state.ema_params)
+    assert meta["storyflow"] == pytest.approx((state.storyflow_sum / 8).tolist())
+
+
+def interrupt_after(
+    monkeypatch: pytest.MonkeyPatch, steps: int, config: TrainConfig, workdir: Path
+) -> None:
+    """Train, and press Control-C after so many steps."""
+    device_batches = trainer.device_batches
+
+    def interrupted(*arguments: Any) -> Iterator:
+        batches = device_batches(*arguments)
+        for _ in range(steps):
+            yield next(batches)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "device_batches", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_and_evaluate(config, workdir)
+
+
+@pytest.mark.parametrize("steps", [1, 3])  # before the first checkpoint, and between two
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    whole, recipe, tmp_path, monkeypatch, no_samples, steps
+):
+    interrupt_after(monkeypatch, steps, recipe, tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, steps + 1))
+
+    state = train_and_evaluate(recipe, tmp_path)
+
+    assert_same(state, whole[0])
+    assert metrics(tmp_path) == metrics(whole[1])
+
+
+def test_logged_means_are_of_the_same_steps_after_a_restart(
+    whole, recipe, tmp_path, monkeypatch, no_samples
+):
+    recipe = dataclasses.replace(recipe, log_every=3)
+    interrupt_after(monkeypatch, 3, recipe, tmp_path)
+
+    train_and_evaluate(recipe, tmp_path)
+
+    losses = {line["step"]: line["loss"] for line in metrics(tmp_path)}
+    each = [line["loss"] for line in metrics(whole[1])]
+    assert losses == {
+        2: pytest.approx(np.mean(each[:2])),  # a checkpoint
+        3: pytest.approx(each[2]),
+        4: pytest.approx(each[3]),
+    }
+
+
+def test_a_run_out_of_time_is_saved_and_goes_on(whole, recipe, tmp_path, no_samples):
+    hurried = dataclasses.replace(recipe, max_minutes=1e-9)
+
+    assert int(train_and_evaluate(hurried, tmp_path).step) == 1
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+    assert_same(train_and_evaluate(recipe, tmp_path), whole[0])
+
+
+def test_a_run_that_is_done_stays_as_it_is(whole, recipe):
+    state, workdir = whole
+    before = metrics(workdir)
+
+    assert_same(train_and_evaluate(recipe, workdir), state)
+    assert metrics(workdir) == before
+
+
+def make_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[dict], dict]) -> None:
+    """Change the metrics of one step."""
+    compile_step = trainer.compile_step
+
+    def compile_changed(*arguments: Any) -> trainer.Step:
+        step = compile_step(*arguments)
+
+        def changed(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
+            state, values = step(state, batch)
+            return state, change(values) if int(state.step) == number else values
+
+        return changed
+
+    monkeypatch.setattr(trainer, "compile_step", compile_changed)
+
+
+@pytest.mark.parametrize("name", ["loss", "param_norm"])
+def test_divergence_stops_the_run_and_leaves_the_last_good_checkpoint(
+    whole, recipe, tmp_path, monkeypatch, no_samples, name
+):
+    with monkeypatch.context() as patch:
+        make_step(patch, 3, lambda values: {**values, name: jnp.float32(jnp.nan)})
+        with pytest.raises(
+            NonFiniteLoss, match=f"{name} is nan at step 3; the last good checkpoint is 2; lower"
+        ):
+            train_and_evaluate(recipe, tmp_path)
+
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2"}
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
+    assert_same(train_and_evaluate(recipe, tmp_path), whole[0])
+
+
+def test_divergence_between_logs_is_found_before_anything_is_saved(
+    recipe, tmp_path, monkeypatch, no_samples
+):
+    make_step(monkeypatch, 1, lambda values: {**values, "loss": jnp.float32(jnp.inf)})
+
+    with pytest.raises(NonFiniteLoss, match="loss is inf at step 1; .* checkpoint is none"):
+        train_and_evaluate(dataclasses.replace(recipe, log_every=100), tmp_path)
+
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_every_trained_parameter_has_a_gradient(recipe, tiny_model_config):
+    # Random weights all over, and blends that let both their sides through: what is zero then is
+    # a parameter that nothing computes with. Adam's first moment is the gradient, scaled.
+    model = StoryModel(tiny_model_config)
+    rng = np.random.default_rng(0)
+    params = {
+        part: {
+            name: np.float32(0.3) * np.ones(p.shape, np.float32)
+            if name.endswith("alpha")
+            else p + rng.normal(size=p.shape).astype(np.float32) * 0.1
+            for name, p in leaves.items()
+        }
+        for part, leaves in model.init(0).items()
+    }
+    mesh = make_mesh(MeshConfig())
+    tokenizer = Tokenizer(TOKENIZER_DIR, tiny_model_config.text_encoder.max_position_embeddings)
+    state = jax.device_put(
+        init_state(params, recipe),
+        jax.tree.map(lambda s: s.sharding, trainer.abstract_state(model, recipe, mesh)),
+    )
+    step = trainer.compile_step(model, recipe, mesh, state, tokenizer)
+
+    state, _ = step(state, next(trainer.device_batches(recipe, mesh, tokenizer, 0)))
+
+    moments = state.opt_state[1][0].mu
+    dead = [n for part in moments.values() for n, m in part.items() if not np.any(m)]
+    assert dead == []
+    assert sum(len(part) for part in moments.values()) > 100
+
+
+def test_a_continuation_model_trains(recipe, tmp_path):
+    unet = dataclasses.replace(recipe.model.unet, first_frame_condition_mode="conv2d")
+    model = dataclasses.replace(recipe.model, unet=unet)
+
+    state = train_and_evaluate(dataclasses.replace(recipe, model=model, steps=1), tmp_path)
+
+    assert np.isfinite(metrics(tmp_path)[0]["loss"])
+    assert int(state.step) == 1
+    assert (tmp_path / "samples" / "step_0000001.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_loss_goes_down(recipe, tmp_path, no_samples):
+    recipe = dataclasses.replace(recipe, steps=300, batch_size=8, log_every=50)
+
+    train_and_evaluate(recipe, tmp_path)
+
+    losses = [line["loss"] for line in metrics(tmp_path)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def with_model(recipe: TrainConfig, **changes: Any) -> TrainConfig:
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: with_model(r, height=32), "model.height = 16, but the config says 32"),
+        (
+            lambda r: with_model(
+                r, unet=dataclasses.replace(r.model.unet, first_frame_condition_mode="concat")
+            ),
+            "model.unet.first_frame_condition_mode = 'none', but the config says 'concat'",
+        ),
+        (
+            lambda r: dataclasses.replace(r, trainable=(r"unet\..*",)),
+            "checkpoint 4 .* params does not fit this model: .* is not of this model",
+        ),
+    ],
+)
+def test_a_workdir_of_another_shape_is_refused_and_stays_as_it_is(whole, recipe, change, message):
+    _, workdir = whole
+    before = files(workdir)
+
+    with pytest.raises(UserError, match=message) as caught:
+        train_and_evaluate(change(recipe), workdir)
+
+    assert "\n" not in str(caught.value)
+    assert files(workdir) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda r: dataclasses.replace(r, trainable=("unet",)),
+            "trainable: no parameter's path matches 'unet'; paths look like ",
+        ),
+        (
+            lambda r: dataclasses.replace(r, mesh=MeshConfig(data=3)),
+            "mesh: .*'data': 3.* does not make up the 1 devices there are",
+        ),
+        (
+            lambda r: with_model(
+                r, text_encoder=dataclasses.replace(r.model.text_encoder, vocab_size=100)
+            ),
+            "model.text_encoder.vocab_size = 100 is under the tokenizer's 239",
+        ),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused_before_anything_is_written(
+    recipe, tmp_path, change, message
+):
+    with pytest.raises(UserError, match=message) as caught:
+        train_and_evaluate(change(recipe), tmp_path / "new")
+
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_named(recipe, tmp_path):
+    (tmp_path / "file").write_text("precious")
+
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=f"cannot write to {workdir}: "):
+            train_and_evaluate(recipe, workdir)
+
+    assert files(tmp_path) == {tmp_path / "file": b"precious"}
+
+
+def test_a_used_workdir_that_cannot_be_written_is_named(recipe, tmp_path):
+    (tmp_path / "config.json").mkdir()
+
+    with pytest.raises(UserError, match="cannot write to .*: Is a directory"):
+        train_and_evaluate(recipe, tmp_path)
