@@ -1,7 +1,8 @@
 """The three networks of a `ModelConfig` as one model: what training and drawing both ask of it.
 
 Parameters are `{part: {name: array}}` with the parts `unet`, `vae` and `text_encoder`; a
-parameter's full path is `part.name`. Networks compute in the dtype given here; what crosses between them is float32.
+parameter's full path is `part.name`. Networks compute in the dtype given here; what crosses between
+them is float32.
 """
 
 from __future__ import annotations

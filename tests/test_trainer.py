@@ -273,6 +273,7 @@ def test_every_trained_parameter_has_a_gradient(recipe, tiny_model_config):
     assert sum(len(part) for part in moments.values()) > 100
 
 
+@pytest.mark.slow
 def test_a_continuation_model_trains(recipe, tmp_path):
     unet = dataclasses.replace(recipe.model.unet, first_frame_condition_mode="conv2d")
     model = dataclasses.replace(recipe.model, unet=unet)

@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
         block_out_channels=(32,),
         down_block_types=("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",),
-        attention_head_dim=2,
+        attention_head_dim=(2,),
+        norm_num_groups=8,  # of one channel each they would cancel the time embedding
     )
     return config
