@@ -70,6 +70,7 @@ def test_reaches_its_numbers_on_64_stories(pipeline, recipe):
             assert ours == pytest.approx(theirs, abs=0.02), (subset, name)
 
 
+@pytest.mark.slow
 def test_other_seeds_draw_other_pictures(pipeline):
     first, again, other = (
         pipeline.draw([Story(SENTENCES)], seed=seed).pictures for seed in (0, 0, 1)

@@ -167,6 +167,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert metrics(tmp_path) == metrics(whole[1])
 
 
+@pytest.mark.slow
 def test_logged_means_are_of_the_same_steps_after_a_restart(
     whole, recipe, tmp_path, monkeypatch, no_samples
 ):
@@ -184,6 +185,7 @@ def test_logged_means_are_of_the_same_steps_after_a_restart(
     }
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_is_saved_and_goes_on(whole, recipe, tmp_path, no_samples):
     hurried = dataclasses.replace(recipe, max_minutes=1e-9)
 
