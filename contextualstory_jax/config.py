@@ -105,6 +105,8 @@ class UNetConfig:
             "layers_per_block",
             "transformer_layers_per_block",
             "n_temp_heads",
+            "num_layers_FStext",
+            "FStext_layer_depth",
             "norm_num_groups",
         ):
             require(
@@ -390,6 +392,8 @@ class TrainConfig:
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "sample_every",
+            "sample_stories",
         ):
             require(
                 getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}"

@@ -252,6 +252,8 @@ UNFIT = [
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "sample_every",
+            "sample_stories",
         )
     ),
     (
