@@ -7,6 +7,8 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done),python3)
 VENV := .venv/bin/python
+# Compiling takes most of the time and one core: a process a core, up to 4, each of which compiles.
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
@@ -17,7 +19,7 @@ demo: .venv/installed-test ## draw held-out stories, train a model for minutes, 
 	$(VENV) scripts/demo.py --out demo
 
 test: .venv/installed-test ## run the tests (minutes, no network)
-	$(VENV) -m pytest
+	$(VENV) -m pytest $(PARALLEL)
 
 slow: .venv/installed-test ## run the long tests that need nothing more installed
 	$(VENV) -m pytest -m "(slow or full_size or multiprocess) and not (torch or browser or gpu)"

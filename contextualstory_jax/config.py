@@ -31,6 +31,20 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_range(
+    config: Any, where: str, names: tuple[str, ...], least: int, most: int | None = None
+) -> None:
+    """Raise `UserError` naming the first of a config's fields that is outside [least, most]."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            least <= value < math.inf and (most is None or value <= most),
+            f"{where}{name} must be "
+            + (f"at least {least}" if most is None else f"in [{least}, {most}]")
+            + f"; got {value}",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class UseTemporal:
     """Switches for the temporal layers inside the UNet's blocks."""
@@ -100,19 +114,10 @@ class UNetConfig:
             f"unet.attention_head_dim must be one number or one a level ({levels}); "
             f"got {self.attention_head_dim}",
         )
-        require(self.n_frames >= 2, f"unet.n_frames must be at least 2; got {self.n_frames}")
-        for name in (
-            "layers_per_block",
-            "transformer_layers_per_block",
-            "n_temp_heads",
-            "num_layers_FStext",
-            "FStext_layer_depth",
-            "norm_num_groups",
-        ):
-            require(
-                getattr(self, name) >= 1,
-                f"unet.{name} must be at least 1; got {getattr(self, name)}",
-            )
+        check_range(self, "unet.", ("n_frames",), 2)
+        counts = ("layers_per_block", "transformer_layers_per_block", "n_temp_heads")
+        counts += ("num_layers_FStext", "FStext_layer_depth", "norm_num_groups")
+        check_range(self, "unet.", counts, 1)
         temporal_groups = 32 if self.use_temporal.temporal_conv else 1
         for channels, heads in zip(self.block_out_channels, self.num_attention_heads, strict=True):
             for what, divisor in (
@@ -171,6 +176,21 @@ class AutoencoderKLConfig:
     scaling_factor: float = 0.18215
     sample_size: int = 512
 
+    def __post_init__(self) -> None:
+        counts = ("latent_channels", "layers_per_block", "norm_num_groups")
+        check_range(self, "vae.", counts, 1)
+        require(
+            len(self.block_out_channels) > 0
+            and all(c > 0 and c % self.norm_num_groups == 0 for c in self.block_out_channels),
+            "vae.block_out_channels must be multiples of norm_num_groups = "
+            f"{self.norm_num_groups}; got {self.block_out_channels}",
+        )
+        require(
+            self.in_channels == self.out_channels == 3,
+            f"vae.in_channels and vae.out_channels must be 3, the colours; "
+            f"got {self.in_channels} and {self.out_channels}",
+        )
+
     @property
     def factor(self) -> int:
         """Pixels to a latent position, along each side."""
@@ -186,7 +206,7 @@ class SpaceToDepthConfig:
     scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.patch >= 1, f"vae.patch must be at least 1; got {self.patch}")
+        check_range(self, "vae.", ("patch",), 1)
 
     @property
     def latent_channels(self) -> int:
@@ -213,8 +233,10 @@ class TextEncoderConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        counts = ("vocab_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        check_range(self, "text_encoder.", (*counts, "max_position_embeddings"), 1)
         require(
-            self.hidden_size % self.num_attention_heads == 0,
+            self.hidden_size > 0 and self.hidden_size % self.num_attention_heads == 0,
             f"text_encoder.hidden_size = {self.hidden_size} is not divisible by "
             f"num_attention_heads = {self.num_attention_heads}",
         )
@@ -240,6 +262,8 @@ class SchedulerConfig:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
+        check_range(self, "scheduler.", ("num_train_timesteps",), 2)
+        check_range(self, "scheduler.", ("steps_offset", "clip_sample_range"), 0)
         require(
             0 < self.beta_start <= self.beta_end < 1,
             "scheduler: need 0 < beta_start <= beta_end < 1; "
@@ -259,27 +283,31 @@ class NoiseConfig:
     kind: Literal["vanilla", "pyoco_mixed", "pyoco_progressive"] = "pyoco_mixed"
     alpha: float = 1.5
 
+    def __post_init__(self) -> None:
+        check_range(self, "noise.", ("alpha",), 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """What sampling does when the user does not say. Source: reference `sampling_kwargs`."""
 
+    scheduler: Literal["ddim", "euler", "euler_ancestral", "dpmpp_2m", "pndm", "lms", "unipc"] = (
+        "ddim"
+    )
     steps: int = 50
     guidance_scale: float = 7.5
     image_guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
-    eta: float = 0.0
+    eta: float = 0.0  # of ddim alone
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"sampling: steps must be at least 1; got {self.steps}")
-        for name in ("guidance_scale", "image_guidance_scale"):
-            scale = getattr(self, name)
-            require(
-                0 <= scale < math.inf, f"sampling: {name} must be finite, at least 0; got {scale}"
-            )
-        for name in ("guidance_rescale", "eta"):
-            share = getattr(self, name)
-            require(0 <= share <= 1, f"sampling: {name} must be in [0, 1]; got {share}")
+        check_range(self, "sampling: ", ("steps",), 1)
+        check_range(self, "sampling: ", ("guidance_scale", "image_guidance_scale"), 0)
+        check_range(self, "sampling: ", ("guidance_rescale", "eta"), 0, 1)
+        require(
+            self.eta == 0 or self.scheduler == "ddim",
+            f"sampling: eta = {self.eta} is for scheduler ddim, not {self.scheduler}; leave it 0",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +379,18 @@ class OptimizerConfig:
     max_grad_norm: float = 0.5
     ema_decay: float = 0.9999
 
+    def __post_init__(self) -> None:
+        require(
+            self.learning_rate > 0,
+            f"optimizer.learning_rate must be positive; got {self.learning_rate}",
+        )
+        require(
+            self.max_grad_norm > 0,
+            f"optimizer.max_grad_norm must be positive; got {self.max_grad_norm}",
+        )
+        check_range(self, "optimizer.", ("warmup_steps", "eps", "weight_decay"), 0)
+        check_range(self, "optimizer.", ("beta1", "beta2", "ema_decay"), 0, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -385,36 +425,22 @@ class TrainConfig:
     sample_stories: int = 2
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation_steps",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "sample_every",
-            "sample_stories",
-        ):
-            require(
-                getattr(self, name) >= 1, f"{name} must be at least 1; got {getattr(self, name)}"
-            )
+        counts = ("steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every")
+        counts += ("keep_checkpoints", "sample_every", "sample_stories")
+        check_range(self, "", counts, 1)
+        check_range(self, "", ("text_drop", "first_frame_drop"), 0, 1)
+        require(
+            self.max_minutes is None or self.max_minutes > 0,
+            f"max_minutes must be positive; got {self.max_minutes}",
+        )
         require(
             self.batch_size % self.accumulation_steps == 0,
             f"batch_size = {self.batch_size} is not divisible by "
             f"accumulation_steps = {self.accumulation_steps}",
         )
-        for name in ("text_drop", "first_frame_drop"):
-            require(
-                0 <= getattr(self, name) <= 1,
-                f"{name} must be in [0, 1]; got {getattr(self, name)}",
-            )
         require(
             self.snr_gamma is None or self.snr_gamma > 0,
             f"snr_gamma must be positive; got {self.snr_gamma}",
-        )
-        require(
-            self.optimizer.learning_rate > 0,
-            f"optimizer.learning_rate must be positive; got {self.optimizer.learning_rate}",
         )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from contextualstory_jax.config import (
     AutoencoderKLConfig,
     ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
     SamplingConfig,
     SchedulerConfig,
     SpaceToDepthConfig,
@@ -209,12 +212,12 @@ UNFIT = [
     (
         SamplingConfig,
         {"guidance_scale": float("inf")},
-        "sampling: guidance_scale must be finite, at least 0; got inf",
+        "sampling: guidance_scale must be at least 0; got inf",
     ),
     (
         SamplingConfig,
         {"image_guidance_scale": float("nan")},
-        "sampling: image_guidance_scale must be finite, at least 0; got nan",
+        "sampling: image_guidance_scale must be at least 0; got nan",
     ),
     (
         SamplingConfig,
@@ -264,6 +267,28 @@ UNFIT = [
     (TrainConfig, {"text_drop": 1.5}, "text_drop must be in [0, 1]; got 1.5"),
     (TrainConfig, {"first_frame_drop": -1}, "first_frame_drop must be in [0, 1]; got -1.0"),
     (TrainConfig, {"snr_gamma": 0}, "snr_gamma must be positive; got 0.0"),
+    (TrainConfig, {"max_minutes": 0}, "max_minutes must be positive; got 0.0"),
+    (OptimizerConfig, {"max_grad_norm": 0}, "optimizer.max_grad_norm must be positive; got 0.0"),
+    (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps must be at least 0; got -1"),
+    (OptimizerConfig, {"beta2": 1.5}, "optimizer.beta2 must be in [0, 1]; got 1.5"),
+    (OptimizerConfig, {"ema_decay": math.nan}, "optimizer.ema_decay must be in [0, 1]; got nan"),
+    (NoiseConfig, {"alpha": -1}, "noise.alpha must be at least 0; got -1.0"),
+    (
+        SchedulerConfig,
+        {"num_train_timesteps": 1},
+        "scheduler.num_train_timesteps must be at least 2; got 1",
+    ),
+    (TextEncoderConfig, {"vocab_size": 0}, "text_encoder.vocab_size must be at least 1; got 0"),
+    (
+        AutoencoderKLConfig,
+        {"block_out_channels": (48, 64)},
+        "vae.block_out_channels must be multiples of norm_num_groups = 32; got (48, 64)",
+    ),
+    (
+        AutoencoderKLConfig,
+        {"in_channels": 1},
+        "vae.in_channels and vae.out_channels must be 3, the colours; got 1 and 3",
+    ),
     (
         TrainConfig,
         {"optimizer": {"learning_rate": 0}},
