@@ -1,0 +1,48 @@
+"""The datasets on disk by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from contextualstory_jax.data.flintstones import FlintstonesSource
+from contextualstory_jax.data.folder import FolderSource
+from contextualstory_jax.data.index import Policy, StorySource
+from contextualstory_jax.data.pororo import Captions, PororoSource
+from contextualstory_jax.errors import UserError
+
+
+def open_source(
+    name: Literal["pororo", "flintstones", "folder"],
+    root: Path,
+    split: str,
+    size: int,
+    *,
+    policy: Policy = "published",
+    captions: Captions = "blip2",
+    seed: int = 0,
+) -> StorySource:
+    """One split of a dataset on disk; `policy` is not for folders, `captions` for pororo alone.
+
+    Raises `UserError` for a folder that is not the dataset's, or whose files are broken.
+    """
+    match name:
+        case "pororo":
+            return PororoSource(root, split, size, policy=policy, captions=captions, seed=seed)
+        case "flintstones":
+            return FlintstonesSource(root, split, size, policy=policy, seed=seed)
+        case "folder":
+            return FolderSource(root, split, size)
+
+
+def require_unique(source: StorySource) -> None:
+    """Raise `UserError` where two stories have one id, and so would share the names of files."""
+    places: dict[str, str] = {}
+    for index in range(len(source)):
+        record = source.story(index)
+        if record.story_id in places:
+            raise UserError(
+                f"two stories share the id {record.story_id}: {places[record.story_id]!r} and "
+                f"{record.source_id!r}; give each an id of its own"
+            )
+        places[record.story_id] = record.source_id
