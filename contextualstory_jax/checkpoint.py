@@ -1,11 +1,13 @@
-"""Checkpoint folders: what a run leaves, what drawing loads; the only file that imports orbax.
+"""Checkpoint folders: what a run leaves, what drawing loads.
 
     FOLDER/model.json        the ModelConfig, and where the weights come from
     FOLDER/tokenizer/        CLIP tokenizer files
     FOLDER/checkpoints/STEP/ orbax, one sub-folder an item:
         params, ema_params, frozen   {part: {name: array}}
         progress                     optimizer state and counters, for going on
+        dead                         {part: {PyTorch key: array}}, for going back: `convert.py`
         meta                         JSON: step, StoryFlow mean
+    FOLDER/released/         JSON files of the folder that was converted, for going back
 
 A step's folder is written whole or not at all. Shapes and dtypes are checked before anything is
 read, because orbax casts a wrong dtype without a word.
@@ -17,6 +19,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +33,7 @@ from contextualstory_jax.config import ModelConfig, build, require
 from contextualstory_jax.errors import UserError
 
 FORMAT = 1
-ITEMS = ("params", "ema_params", "frozen", "progress")
+ITEMS = ("params", "ema_params", "frozen", "progress", "dead")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,9 +43,15 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_model(folder: Path, config: ModelConfig, tokenizer_folder: Path) -> None:
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer_folder: Path,
+    source: Mapping[str, Any] | None = None,
+) -> None:
     """Make `folder` a checkpoint folder for a model; refuses one that holds another architecture.
 
+    Args: `source`, where the weights come from, as JSON, if not from training here.
     Raises `UserError` where the folder cannot be written or belongs to another model.
     """
     values = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -51,25 +60,32 @@ def write_model(folder: Path, config: ModelConfig, tokenizer_folder: Path) -> No
         if (folder / "model.json").exists():
             # How the user samples is no part of what the weights mean.
             stored = {**_model_values(folder), "sampling": values["sampling"]}
-            _refuse_another(folder, stored, values)
+            refuse_another(folder, stored, values)
         else:
             shutil.copytree(tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
-        write_text(folder / "model.json", json.dumps({"format": FORMAT, "model": values}, indent=2))
+        description = {"format": FORMAT, "model": values} | ({"source": source} if source else {})
+        write_text(folder / "model.json", json.dumps(description, indent=2))
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror}; choose another folder"
         ) from error
 
 
-def _refuse_another(folder: Path, theirs: Any, ours: Any, name: str = "model") -> None:
+def refuse_another(
+    folder: Path, theirs: Any, ours: Any, other: str = "workdir", name: str = "model"
+) -> None:
+    """Raise `UserError` where a folder's model has other values than the config says.
+
+    Args: `other`, what to change if not the value.
+    """
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for key in sorted({*theirs, *ours}):
-            _refuse_another(folder, theirs.get(key), ours.get(key), f"{name}.{key}")
+            refuse_another(folder, theirs.get(key), ours.get(key), other, f"{name}.{key}")
     else:
         require(
             theirs == ours,
             f"{folder} holds a model with {name} = {theirs!r}, but the config says {ours!r}; "
-            "use another workdir or that value",
+            f"use another {other} or that value",
         )
 
 
@@ -152,7 +168,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """The JSON of a checkpoint. Raises `UserError` where it is missing or damaged."""
-        with self._reading(step):
+        with reading(self.folder, step):
             wanted = ocp.args.Composite(meta=ocp.args.JsonRestore())
             return self._manager.restore(step, args=wanted)["meta"]
 
@@ -162,7 +178,7 @@ class Checkpoints:
         Raises `UserError` where an item is missing, damaged, or has other names, shapes or dtypes.
         """
         wanted = {name: tree for name, tree in targets.items() if jax.tree.leaves(tree)}
-        with self._reading(step):
+        with reading(self.folder, step):
             found = self._manager.item_metadata(step)
             for name, tree in wanted.items():
                 where = f"checkpoint {step} of {self.folder}, {name}"
@@ -172,18 +188,24 @@ class Checkpoints:
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         return {name: restored[name] if name in wanted else tree for name, tree in targets.items()}
 
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:  # orbax raises whatever its storage does
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise UserError(
-                f"checkpoint {step} of {self.folder} is damaged or incomplete ({reason}); "
-                "remove it or copy it anew"
-            ) from error
+
+@contextlib.contextmanager
+def reading(folder: Path, step: int) -> Iterator[None]:
+    """Turn what orbax raises for a damaged checkpoint into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # orbax raises whatever its storage does
+        raise UserError(
+            f"checkpoint {step} of {folder} is damaged or incomplete ({reason(error)}); "
+            "remove it or copy it anew"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """What an error of the storage says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _check(where: str, wanted: Any, found: Any) -> None:
@@ -213,32 +235,29 @@ def _check(where: str, wanted: Any, found: Any) -> None:
     require(not problems, f"{where} does not fit this model: {shown}")
 
 
-def load_weights(folder: Path, weights: str, shapes: Mapping[str, Any]) -> tuple[dict, dict]:
-    """All parameters of the newest checkpoint, as stored, and its meta.
-
-    `weights`: `ema`, the average of the trained parameters, or `raw`, their last values. Raises
-    `UserError` where there is no checkpoint, none with these weights, or it does not fit `shapes`.
-    """
-    require(weights in ("ema", "raw"), f"weights must be ema or raw; got {weights!r}")
-    require(
-        (folder / "checkpoints").is_dir(),
-        f"{folder} has no checkpoints yet; train it, or name another",
-    )
+def latest_step(folder: Path) -> int | None:
+    """The newest whole checkpoint's step, None where there is none, or no folder."""
+    if not (folder / "checkpoints").is_dir():
+        return None
     with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest
-        if step is None:
-            raise UserError(f"{folder} has no whole checkpoint yet; train it, or name another")
-        meta = checkpoints.meta(step)
-        item = "ema_params" if weights == "ema" else "params"
-        require(
-            item in meta["items"],
-            f"checkpoint {step} of {folder} holds no {weights} weights; "
-            f"give --weights {'raw' if weights == 'ema' else 'ema'}",
-        )
-        # Which parameter is in which item, and its dtype, is the checkpoint's to say.
-        names = [item, *(["frozen"] if "frozen" in meta["items"] else [])]
+        return checkpoints.latest
+
+
+def load_weights(
+    folder: Path, weights: str | None, shapes: Mapping[str, Any], may_lack: str = ""
+) -> tuple[dict, dict]:
+    """All parameters of the newest checkpoint, as stored, and its meta, with `weights` in it.
+
+    Args: `weights`: `ema`, the average of the trained parameters, or `raw`, their last values; by
+    default `ema` where there is one. `may_lack`, a regex of names that need not be there.
+    Raises `UserError` where there is no checkpoint, none with these weights, or it does not fit
+    `shapes`.
+    """
+    with Checkpoints(folder) as checkpoints:
+        step, meta, names = choose_weights(checkpoints, weights, shapes, may_lack)
         targets: dict[str, dict] = {}
         for name in names:
+            # Which parameter is in which item, and its dtype, is the checkpoint's to say.
             targets[name] = {
                 part: {
                     leaf: jax.ShapeDtypeStruct(shapes[part][leaf].shape, np.dtype(dtype))
@@ -252,14 +271,54 @@ def load_weights(folder: Path, weights: str, shapes: Mapping[str, Any]) -> tuple
     for name in names:
         for part, leaves in restored[name].items():
             params[part].update(leaves)
-    missing = [
-        f"{part}.{leaf}" for part in shapes for leaf in shapes[part] if leaf not in params[part]
+    return params, meta
+
+
+def choose_weights(
+    checkpoints: Checkpoints, weights: str | None, shapes: Mapping[str, Any], may_lack: str = ""
+) -> tuple[int, dict, list[str]]:
+    """The newest step, its meta with `weights` in it, and the items that hold these weights.
+
+    Arguments and errors are those of `load_weights`.
+    """
+    folder = checkpoints.folder
+    require(weights in ("ema", "raw", None), f"weights must be ema or raw; got {weights!r}")
+    require(
+        (folder / "checkpoints").is_dir(),
+        f"{folder} has no checkpoints yet; train it, or name another",
+    )
+    step = checkpoints.latest
+    if step is None:
+        raise UserError(f"{folder} has no whole checkpoint yet; train it, or name another")
+    meta = checkpoints.meta(step)
+    weights = weights or ("ema" if "ema_params" in meta["items"] else "raw")
+    item = "ema_params" if weights == "ema" else "params"
+    require(
+        item in meta["items"],
+        f"checkpoint {step} of {folder} holds no {weights} weights; "
+        f"give --weights {'raw' if weights == 'ema' else 'ema'}",
+    )
+    names = [item, *(["frozen"] if "frozen" in meta["items"] else [])]
+    held: dict[str, set[str]] = {part: set() for part in shapes}
+    for name in names:
+        for part, leaves in meta["items"][name].items():
+            held.setdefault(part, set()).update(leaves)
+    lacking = [
+        f"{part}.{leaf}"
+        for part in shapes
+        for leaf in shapes[part]
+        if leaf not in held[part] and not re.fullmatch(may_lack, leaf)
     ]
     require(
-        not missing,
-        f"checkpoint {step} of {folder} lacks {len(missing)} parameters: {', '.join(missing[:3])}",
+        not lacking or not meta.get("absent"),
+        f"{folder} holds Stable Diffusion, which draws no stories: train on from it, with "
+        f"train --config.init_from={folder}",
     )
-    return params, meta
+    require(
+        not lacking,
+        f"checkpoint {step} of {folder} lacks {len(lacking)} parameters: {', '.join(lacking[:3])}",
+    )
+    return step, {**meta, "weights": weights}, names
 
 
 def contents(items: Mapping[str, Any]) -> dict[str, dict]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from contextualstory_jax.errors import UserError
@@ -15,6 +15,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments without `--config.key=value`, and each such one's `key=value`."""
+    prefix = "--config."
+    return (
+        [argument for argument in argv if not argument.startswith(prefix)],
+        [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)],
+    )
 
 
 def run(main: Callable[[], None]) -> None:

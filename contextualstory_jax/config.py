@@ -40,6 +40,7 @@ def check_range(
         require(
             least <= value < math.inf and (most is None or value <= most),
             f"{where}{name} must be "
+            + ("" if math.isfinite(value) else "finite, ")
             + (f"at least {least}" if most is None else f"in [{least}, {most}]")
             + f"; got {value}",
         )
@@ -246,7 +247,10 @@ class TextEncoderConfig:
 class SchedulerConfig:
     """The noise schedule and how sampling walks it. Defaults are the released models'.
 
-    Source: diffusers DDIMScheduler and the reference's `noise_scheduler_kwargs`.
+    Every solver (`SamplingConfig.scheduler`) reads it as diffusers' `from_config` would, but for
+    zero terminal SNR, which here all know. `clip_sample` is of ddim alone, `set_alpha_to_one` of
+    ddim and pndm. Source: diffusers DDIMScheduler and PNDMScheduler; the reference's
+    `noise_scheduler_kwargs`.
     """
 
     num_train_timesteps: int = 1000
@@ -260,6 +264,7 @@ class SchedulerConfig:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     rescale_betas_zero_snr: bool = False
+    skip_prk_steps: bool = False  # whether pndm begins without Runge-Kutta steps
 
     def __post_init__(self) -> None:
         check_range(self, "scheduler.", ("num_train_timesteps",), 2)
@@ -308,6 +313,28 @@ class SamplingConfig:
             self.eta == 0 or self.scheduler == "ddim",
             f"sampling: eta = {self.eta} is for scheduler ddim, not {self.scheduler}; leave it 0",
         )
+
+
+CameraMotion = Literal["pan_left", "pan_right", "zoom_in", "zoom_out"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameInitConfig:
+    """How the initial noise takes low frequencies from the first frame.
+
+    Source: reference `frameinit_kwargs`.
+    """
+
+    method: Literal["gaussian", "butterworth", "ideal", "box"] = "gaussian"
+    level: int = 850  # the timestep to whose noise level the first frame is brought
+    spatial: float = 0.25  # stop frequencies, as shares of the highest
+    temporal: float = 0.25
+    order: int = 4  # of butterworth alone: how steep
+
+    def __post_init__(self) -> None:
+        check_range(self, "frameinit: ", ("level",), 0)
+        check_range(self, "frameinit: ", ("spatial", "temporal"), 0, 1)
+        check_range(self, "frameinit: ", ("order",), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,10 +386,21 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which stories are trained on."""
+    """Which stories are trained on, and tested on."""
 
-    name: Literal["shapes"] = "shapes"
-    seed: int = 0  # of the drawn world
+    name: Literal["shapes", "pororo", "flintstones", "folder"] = "shapes"
+    seed: int = 0  # of the drawn world of shapes; of the choice where a frame has several pictures
+    root: str | None = None  # of all but shapes: the folder as published, or as prepared
+    split_policy: Literal["published", "strict"] = "published"
+    captions: Literal["blip2", "original"] = "blip2"  # of pororo alone
+    workers: int = 0  # processes that read; 0: a thread of the one that trains
+
+    def __post_init__(self) -> None:
+        check_range(self, "data.", ("workers",), 0)
+        require(
+            self.name != "shapes" or self.root is None,
+            f"data.root = {self.root!r} is for stories on disk, and data.name = 'shapes' are drawn",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,6 +446,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    init_from: str | None = None  # a converted or trained checkpoint folder; None: fresh weights
     seed: int = 42
     steps: int = 40_000
     max_minutes: float | None = None  # of training; stops earlier, with a checkpoint

@@ -6,10 +6,11 @@ From Python: `contextualstory_jax.evaluation.evaluate`.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.cli import ArgumentParser, run, split_overrides
 from contextualstory_jax.config import DataConfig, require
 from contextualstory_jax.recipes import load_recipe
 
@@ -22,16 +23,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "drawn originals as upper and the untrained model as lower bound.",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write")
-    parser.add_argument("--config", metavar="FILE.py", help="recipe whose data to test on")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.py",
+        help="recipe whose data to test on, --config.data.key=value included",
+    )
     parser.add_argument("--checkpoint", metavar="DIR", help="instead of the model that ships")
     parser.add_argument("--stories", type=int, default=64, metavar="N", help="how many (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="default: ema where it is")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="stories (8)")
+    argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(argv)
     require(arguments.stories >= 1, f"--stories must be at least 1; got {arguments.stories}")
-    data = load_recipe(arguments.config).data if arguments.config else DataConfig()
+    require(not overrides or arguments.config is not None, "--config.key=value needs --config")
+    data = load_recipe(arguments.config, overrides).data if arguments.config else DataConfig()
 
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.
     from tqdm import tqdm
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_pictures(arguments.out, stories, results["model"].pictures, arguments.seed)
     settings = {
         "checkpoint": str(arguments.checkpoint or "shipped"),
-        "weights": arguments.weights,
+        "weights": pipeline.weights,
         "dtype": arguments.dtype,
         "data": dataclasses.asdict(data),
         "stories": len(stories),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from tqdm import tqdm
 
 from contextualstory_jax import __version__
 from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import SamplingConfig, require
+from contextualstory_jax.config import CameraMotion, FrameInitConfig, SamplingConfig, require
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.output import check_writable, write_json, write_latents, write_story
 from contextualstory_jax.stories import (
     StoryText,
     check_sentence,
+    fit_picture,
     folder_name,
     read_jsonl,
     read_picture,
@@ -59,11 +61,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="to continue from, with --story or --sentence; cropped in the middle to the shape",
     )
     add("--seed", type=int, default=0, metavar="N", help="with the id it decides a story's noise")
+    hints = typing.get_type_hints(SamplingConfig)
+    add("--scheduler", choices=typing.get_args(hints["scheduler"]), help="solver of the denoising")
     add("--steps", type=int, metavar="N", help="denoising steps")
     add("--guidance-scale", type=float, metavar="G", help="how much text counts; up to 1: unguided")
     add("--image-guidance-scale", type=float, metavar="G", help="the same for the first frame")
     add("--guidance-rescale", type=float, metavar="R", help="0 to 1, against overexposure")
-    add("--eta", type=float, metavar="E", help="share of new noise in each step, 0 to 1")
+    add("--eta", type=float, metavar="E", help="ddim's share of new noise in each step, 0 to 1")
     add("--height", type=int, metavar="H", help="pixels")
     add("--width", type=int, metavar="W", help="pixels")
     add(
@@ -72,7 +76,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="M1,M2,M3,M4",
         help="how much the scene changes from each frame to the next; default: as in training",
     )
-    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or last; default: ema")
+    _add_frameinit(parser)
+    add("--weights", choices=("ema", "raw"), help="averaged or last; default: ema where it is")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--batch-size", type=int, default=8, metavar="N", help="stories at once; default: 8")
     latents = "float32 (stories, frames, h, w, c)"
@@ -81,10 +86,32 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _add_frameinit(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "FrameInit, for continuation",
+        "The initial noise takes low frequencies from the first frame, for steadier pictures.",
+    )
+    default = FrameInitConfig()
+    hints = typing.get_type_hints(FrameInitConfig)
+    motions = typing.get_args(CameraMotion)
+    add = group.add_argument
+    add("--frameinit", choices=typing.get_args(hints["method"]), help="filter; default: none")
+    for name, kind, letter, text in (
+        ("level", int, "T", "timestep to whose noise level the first frame is brought"),
+        ("spatial", float, "S", "stop frequency in height and width, 0 to 1"),
+        ("temporal", float, "S", "the same over frames"),
+        ("order", int, "N", "steepness of butterworth"),
+    ):
+        text = f"{text}; default: {getattr(default, name)}"
+        add(f"--frameinit-{name}", type=kind, metavar=letter, help=text)
+    add("--camera-motion", choices=motions, help="over the whole first frame; default: it is held still")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for bad input, before anything is written."""
     arguments = parse(argv)
     texts = read_stories(arguments)
+    frameinit = read_frameinit(arguments)
     check_writable(arguments.out)
     if arguments.save_latents:
         check_writable(arguments.save_latents.parent)
@@ -99,10 +126,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     height = config.height if arguments.height is None else arguments.height
     width = config.width if arguments.width is None else arguments.width
     config.latent_size(height, width)  # refuses a size before pictures are brought to it
-    stories = [
-        Story(t.sentences, t.id, t.first_frame and read_picture(t.first_frame, height, width))
-        for t in texts
-    ]
+    stories = []
+    for text in texts:
+        picture = text.first_frame and read_picture(text.first_frame)
+        if picture is not None and arguments.camera_motion is None:
+            picture = fit_picture(picture, height, width)
+        stories.append(Story(text.sentences, text.id, picture))
     drawings = pipeline.draw_batches(
         stories,
         seed=arguments.seed,
@@ -111,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         storyflow=arguments.storyflow,
         batch_size=arguments.batch_size,
         initial_latents=arguments.initial_latents and read_latents(arguments.initial_latents),
+        frameinit=frameinit,
+        camera_motion=arguments.camera_motion,
     )
     waiting, latents = iter(texts), []
     with tqdm(
@@ -142,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "height": height,
                 "width": width,
                 "storyflow": arguments.storyflow or pipeline.storyflow.tolist(),
-                "weights": arguments.weights,
+                "frameinit": frameinit and dataclasses.asdict(frameinit),
+                "camera_motion": arguments.camera_motion,
+                "weights": pipeline.weights,
                 "dtype": arguments.dtype,
                 "initial_latents": arguments.initial_latents and str(arguments.initial_latents),
             },
@@ -165,6 +198,22 @@ def read_stories(arguments: argparse.Namespace) -> list[StoryText]:
     else:
         story = StoryText(tuple(check_sentence(s, "--sentence") for s in arguments.sentence))
     return [story._replace(first_frame=arguments.first_frame)]
+
+
+def read_frameinit(arguments: argparse.Namespace) -> FrameInitConfig | None:
+    """FrameInit as the user wants it, None for none.
+
+    Raises `UserError` for values out of range, and where its options stand alone.
+    """
+    names = [field.name for field in dataclasses.fields(FrameInitConfig) if field.name != "method"]
+    given = {name: getattr(arguments, f"frameinit_{name}") for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.frameinit:
+        return FrameInitConfig(arguments.frameinit, **given)
+    alone = [f"--frameinit-{name}" for name in given]
+    alone += ["--camera-motion"] if arguments.camera_motion else []
+    require(not alone, f"{', '.join(alone)} without --frameinit; choose its filter too")
+    return None
 
 
 def override(sampling: SamplingConfig, arguments: argparse.Namespace) -> SamplingConfig:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Num, UInt8
+from jaxtyping import Array, Float, Int, Key, Num, Real, UInt8
 
 from contextualstory_jax.config import ModelConfig
 from contextualstory_jax.models.blocks import TextKeysValues
@@ -63,9 +63,9 @@ class StoryModel:
         return tower(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
 
     def encode_pictures(
-        self, params: Parts, pictures: UInt8[Array, "b f h w 3"], keys: Key[Array, " b"]
+        self, params: Parts, pictures: Real[Array, "b f h w 3"], keys: Key[Array, " b"]
     ) -> Float[Array, "b f p q c"]:
-        """Scaled latents drawn from the codec's posterior, with one key a story."""
+        """Scaled latents of levels 0 to 255, drawn from the posterior with one key a story."""
         b, f = pictures.shape[:2]
         codec = self.vae.bind(params["vae"], self.dtype)
         moments = codec.encode(pictures_to_float(pictures).reshape(b * f, *pictures.shape[2:]))
@@ -103,7 +103,7 @@ class StoryModel:
         self,
         params: Parts,
         noisy: Float[Array, "b g p q c"],
-        timesteps: Int[Array, " b"],
+        timesteps: Num[Array, " b"],
         condition: Condition,
         first_frame: Float[Array, "b p q c"] | None,
     ) -> Float[Array, "b g p q c"]:

@@ -1,13 +1,14 @@
 """The Python API: sentences in, pictures out.
 
 One compiled program draws a batch: text tower, contextualizer, keys and values, first frame, every
-denoising step in one `lax.scan`, and the codec. Scales, eta and StoryFlow values are its arguments,
-so that changing them compiles nothing.
+denoising step in one `lax.scan`, and the codec. Scales, eta, StoryFlow values and FrameInit's
+filter are its arguments, so that changing them compiles nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int, Key, UInt8
+from jaxtyping import Array, Float, Float32, Int, Key, Real, UInt8
 
+from contextualstory_jax.camera import film
 from contextualstory_jax.checkpoint import load_weights, read_model
-from contextualstory_jax.config import MeshConfig, SamplingConfig, require
+from contextualstory_jax.config import (
+    CameraMotion,
+    FrameInitConfig,
+    MeshConfig,
+    SamplingConfig,
+    require,
+)
+from contextualstory_jax.diffusion.frameinit import FrameInit, make_frameinit, mix
 from contextualstory_jax.diffusion.guidance import guide, num_branches
 from contextualstory_jax.diffusion.noise import story_noise
-from contextualstory_jax.diffusion.samplers import Sampler, ddim, denoise
+from contextualstory_jax.diffusion.samplers import Sampler, denoise, make_sampler
 from contextualstory_jax.model import Parts, StoryModel, clamp
 from contextualstory_jax.sharding import BATCH, make_mesh
 from contextualstory_jax.tokenizer import Tokenizer
@@ -35,6 +44,7 @@ class Story(NamedTuple):
 
     sentences: Sequence[str]
     id: str = "story"  # with the seed it decides the noise
+    # Of the size to draw, or of any size for a camera to move over.
     first_frame: UInt8[np.ndarray, "h w 3"] | None = None
 
 
@@ -52,7 +62,7 @@ class Inputs(NamedTuple):
     noise: Float[Array, "b f p q c"]
     step_keys: Key[Array, " b"]  # of stochastic samplers
     frame_keys: Key[Array, " b"]  # of the first frame's posterior
-    first_frame: UInt8[Array, "b 1 h w 3"] | None
+    first_frame: Real[Array, "b g h w 3"] | None  # held still, g = 1, or filmed, g = f; 0..255
 
 
 class Scales(NamedTuple):
@@ -81,6 +91,7 @@ def draw_latents(
     motion: Float[Array, " m"],
     sampler: Sampler,
     scales: Scales,
+    frameinit: FrameInit | None,
 ) -> Float[Array, "b f p q c"]:
     """Denoise one batch; `branches` is how many predictions guidance needs (`guidance.py`)."""
     b, f, _ = inputs.ids.shape
@@ -93,8 +104,12 @@ def draw_latents(
     condition = model.condition(params, storyline, motion[None])
     noise, first_latents, first_inputs = inputs.noise, None, None
     if inputs.first_frame is not None:
-        first_latents = model.encode_pictures(params, inputs.first_frame, inputs.frame_keys)
-        # With image guidance the first branch is given the initial noise for a first frame.
+        clip = model.encode_pictures(params, inputs.first_frame, inputs.frame_keys)
+        first_latents = clip[:, :1]
+        if frameinit is not None:
+            noise = mix(frameinit, clip, noise)
+        # With image guidance the first branch is given the initial noise for a first frame. Parity:
+        # as large as the solver's first latents are, also where that is not the network's scale.
         scaled_noise = noise[:, :1] * sampler.init_noise_sigma
         given = (
             [scaled_noise, first_latents, first_latents]
@@ -126,9 +141,14 @@ class StoryPipeline:
         tokenizer: Tokenizer,
         storyflow: Sequence[float],
         step: int | None = None,
+        weights: str | None = None,
     ):
-        """Args: `storyflow`, the mean of the training stories; `step`, how long they were seen."""
-        self.model, self.tokenizer, self.step = model, tokenizer, step
+        """A model in memory.
+
+        Args: `storyflow`, the mean of the training stories; `step`, how long they were seen;
+        `weights`, whether `params` are `ema` or `raw`.
+        """
+        self.model, self.tokenizer, self.step, self.weights = model, tokenizer, step, weights
         self.storyflow = np.asarray(storyflow, np.float32)
         self.mesh = make_mesh(MeshConfig())
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -145,10 +165,11 @@ class StoryPipeline:
 
     @classmethod
     def load(
-        cls, folder: str | Path = SHIPPED, *, weights: str = "ema", dtype: str = "float32"
+        cls, folder: str | Path = SHIPPED, *, weights: str | None = None, dtype: str = "float32"
     ) -> StoryPipeline:
         """Read a checkpoint folder: a training workdir, a converted one, or the model that ships.
 
+        Args: `weights`, `ema` or `raw`; by default `ema` where there are such.
         Raises `UserError` where it is absent, incomplete or of another architecture.
         """
         folder = Path(folder)
@@ -157,7 +178,7 @@ class StoryPipeline:
         params, meta = load_weights(folder, weights, model.shapes)
         length = model.config.text_encoder.max_position_embeddings
         tokenizer = Tokenizer(folder / "tokenizer", length)
-        return cls(model, params, tokenizer, meta["storyflow"], meta["step"])
+        return cls(model, params, tokenizer, meta["storyflow"], meta["step"], meta["weights"])
 
     def __call__(
         self,
@@ -213,22 +234,27 @@ class StoryPipeline:
         storyflow: Sequence[float] | None = None,
         batch_size: int = 8,
         initial_latents: np.ndarray | None = None,
+        frameinit: FrameInitConfig | None = None,
+        camera_motion: str | None = None,
     ) -> Iterator[Drawing]:
         """Draw stories in batches of one size, in order.
 
         Args: `seed`, in [0, 2^32); `sampling`, steps and scales, the model's own by default;
         `size`, height and width in pixels; `storyflow`, scene changes, the training mean by
         default; `initial_latents`, float32 (b, f, p, q, c), standard-normal-like values in place of
-        the drawn ones.
+        the drawn ones; `frameinit`, in continuation, gives them low frequencies of the first frame;
+        `camera_motion`, of `config.CameraMotion`, moves over that, whose size is then free.
         Raises `UserError` for input that does not fit the model, before anything is drawn.
         """
         config = self.model.config
         height, width = size or (config.height, config.width)
         shape = (config.unet.n_frames, *config.latent_size(height, width), config.unet.in_channels)
         sampling = sampling or config.sampling
-        sampler = ddim(config.scheduler, sampling.steps, sampling.eta)
+        sampler = make_sampler(config.scheduler, sampling)
         motion = self._motion(storyflow)
-        self._check(stories, height, width)
+        self._check(stories, None if camera_motion else (height, width))
+        self._check_frameinit(frameinit, camera_motion)
+        mixing = frameinit and make_frameinit(frameinit, config.scheduler, shape[:3])
         require(0 <= seed < 2**32, f"seed must be in 0..{2**32 - 1}; got {seed}")
         require(batch_size >= 1, f"batch size must be at least 1; got {batch_size}")
         require(
@@ -242,13 +268,14 @@ class StoryPipeline:
         for start in range(0, len(stories), batch_size):
             chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
             real = min(batch_size, len(stories) - start)
-            inputs = self._inputs([stories[i] for i in chosen], seed, shape)
+            inputs = self._inputs([stories[i] for i in chosen], seed, shape, camera_motion)
             if initial_latents is not None:
                 inputs = inputs._replace(noise=self._place(initial_latents[chosen]))
-            drawn = self._run(inputs, motion, sampler, sampling)
+            drawn = self._run(inputs, motion, sampler, sampling, mixing)
             yield Drawing(*(np.asarray(array)[:real] for array in drawn))
 
-    def _check(self, stories: Sequence[Story], height: int, width: int) -> None:
+    def _check(self, stories: Sequence[Story], size: tuple[int, int] | None) -> None:
+        """Refuse stories that the model cannot draw, and first frames not of `size`, if any."""
         unet = self.model.config.unet
         require(len(stories) > 0, "no stories to draw")
         for story in stories:
@@ -266,10 +293,27 @@ class StoryPipeline:
                 f"{name} has no first frame, but the model continues from one; give a picture",
             )
             require(
-                picture is None
-                or (picture.shape == (height, width, 3) and picture.dtype == np.uint8),
-                f"{name}: the first frame must be uint8 of shape {height} x {width} x 3",
+                picture is None or _is_picture(picture, size),
+                f"{name}: the first frame must be uint8 of shape "
+                + ("{} x {} x 3".format(*size) if size else "height x width x 3"),
             )
+
+    def _check_frameinit(
+        self, frameinit: FrameInitConfig | None, camera_motion: str | None
+    ) -> None:
+        require(
+            frameinit is None or self.model.config.unet.is_continuation,
+            "frameinit needs a first frame, but the model draws from sentences alone; leave it out",
+        )
+        known = typing.get_args(CameraMotion)
+        require(
+            camera_motion is None or camera_motion in known,
+            f"camera_motion must be one of {', '.join(known)}; got {camera_motion!r}",
+        )
+        require(
+            camera_motion is None or frameinit is not None,
+            "camera_motion makes the clip that frameinit starts from; choose its filter too",
+        )
 
     def _motion(self, storyflow: Sequence[float] | None) -> Float32[np.ndarray, " m"]:
         if storyflow is None:
@@ -291,7 +335,11 @@ class StoryPipeline:
         return jax.device_put(array, NamedSharding(self.mesh, BATCH))
 
     def _inputs(
-        self, stories: Sequence[Story], seed: int, shape: tuple[int, int, int, int]
+        self,
+        stories: Sequence[Story],
+        seed: int,
+        shape: tuple[int, int, int, int],
+        camera_motion: str | None = None,
     ) -> Inputs:
         ids = jnp.stack([self.tokenizer(story.sentences) for story in stories])
         keys = jnp.stack([story_key(seed, story.id) for story in stories])
@@ -300,7 +348,13 @@ class StoryPipeline:
         )(keys)
         noise = jax.vmap(lambda key: story_noise(key, shape, self.model.config.noise))(noise_keys)
         given = [story.first_frame for story in stories if story.first_frame is not None]
-        first_frames = jnp.stack(given)[:, None] if given else None
+        if camera_motion is None:
+            clips = [picture[None] for picture in given]
+        else:
+            f, *sides = shape[:3]
+            height, width = (side * self.model.config.vae.factor for side in sides)
+            clips = [film(picture, camera_motion, f, height, width) for picture in given]
+        first_frames = jnp.stack(clips) if clips else None
         return jax.tree.map(self._place, Inputs(ids, noise, step_keys, frame_keys, first_frames))
 
     def _run(
@@ -309,6 +363,7 @@ class StoryPipeline:
         motion: Float32[np.ndarray, " m"],
         sampler: Sampler,
         sampling: SamplingConfig,
+        frameinit: FrameInit | None,
     ) -> tuple[Array, Array]:
         branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
         null_ids = self.tokenizer([""])[0]
@@ -317,7 +372,19 @@ class StoryPipeline:
             jnp.float32(sampling.image_guidance_scale),
             jnp.float32(sampling.guidance_rescale),
         )
-        return self._program(branches, self.params, inputs, null_ids, motion, sampler, scales)
+        return self._program(
+            branches, self.params, inputs, null_ids, motion, sampler, scales, frameinit
+        )
+
+
+def _is_picture(array: np.ndarray, size: tuple[int, int] | None) -> bool:
+    return (
+        array.dtype == np.uint8
+        and array.ndim == 3
+        and array.shape[2] == 3
+        and array.size > 0
+        and size in (None, array.shape[:2])
+    )
 
 
 def _check_latents(latents: np.ndarray, shape: tuple[int, ...]) -> None:

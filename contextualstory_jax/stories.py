@@ -38,8 +38,14 @@ def folder_name(story_id: str) -> str:
 
 def check_sentence(sentence: Any, where: str) -> str:
     """A sentence without the blanks around it. Raises `UserError` for anything else."""
+    sentence = check_text(sentence, where)
+    require(sentence != "", f"{where}: a sentence is blank; write what its picture shows")
+    return sentence
+
+
+def check_text(sentence: Any, where: str) -> str:
+    """A sentence that may be empty, as `check_sentence` gives it."""
     require(isinstance(sentence, str), f"{where}: a sentence must be a string; got {sentence!r}")
-    require(sentence.strip() != "", f"{where}: a sentence is blank; write what its picture shows")
     # JSON can spell half characters, and a terminal hand over bytes, that are no text.
     require(
         sentence == sentence.encode(errors="replace").decode(),
@@ -59,9 +65,9 @@ def read_txt(path: Path) -> StoryText:
 def read_jsonl(path: Path) -> list[StoryText]:
     """Stories, one a line: `{"id": ..., "sentences": [...], "first_frame": "path" (optional)}`.
 
-    A first frame's path is taken from the file's folder; blank lines are skipped. Raises
-    `UserError` where the file cannot be read or is empty, and for a broken line or an id whose
-    folder is another story's.
+    A first frame's path is taken from the file's folder; blank lines are skipped. A sentence may be
+    empty: models know the empty one from guidance. Raises `UserError` where the file cannot be
+    read or is empty, and for a broken line or an id whose folder is another story's.
     """
     stories: list[StoryText] = []
     places: dict[str, str] = {}
@@ -102,7 +108,7 @@ def _parse(line: str, where: str, folder: Path) -> StoryText:
         f"{where}: first_frame must be the path of a picture; got {first_frame!r}",
     )
     return StoryText(
-        tuple(check_sentence(sentence, where) for sentence in sentences),
+        tuple(check_text(sentence, where) for sentence in sentences),
         values["id"],
         None if first_frame is None else folder / first_frame,
     )
@@ -123,16 +129,22 @@ def _lines(path: Path) -> list[tuple[str, str]]:
     return lines
 
 
-def read_picture(path: Path, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture of any size as RGB, cropped in the middle to the shape asked for and resized.
+def fit_picture(
+    picture: UInt8[np.ndarray, "r s 3"], height: int, width: int
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture cropped in the middle to the shape asked for and resized."""
+    size = (width, height)
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), size, Image.Resampling.BILINEAR))
+
+
+def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture as RGB, the right way up.
 
     Raises `UserError` where it is missing or not a picture.
     """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        size = (width, height)
-        return np.asarray(ImageOps.fit(upright, size, Image.Resampling.BILINEAR))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError as error:
         raise UserError(f"no first frame {path}; name a picture") from error
     # Decoders raise all of these for files that are broken.

@@ -15,14 +15,16 @@ from contextualstory_jax.config import NoiseConfig, SchedulerConfig
 from contextualstory_jax.diffusion.guidance import guide, num_branches
 from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, training_target
 from contextualstory_jax.diffusion.noise import story_noise
-from contextualstory_jax.diffusion.samplers import ddim, denoise, step_noise
+from contextualstory_jax.diffusion.samplers import denoise, step_noise
 from contextualstory_jax.diffusion.schedules import (
     add_noise,
     noise_schedule,
+    noise_to_signal,
     sampling_timesteps,
     snr,
     velocity,
 )
+from contextualstory_jax.diffusion.solvers.ddim import ddim
 from contextualstory_jax.errors import UserError
 
 SPACINGS = ("leading", "trailing", "linspace")
@@ -95,10 +97,26 @@ def test_sampling_timesteps(spacing, steps, expected):
     assert sampling_timesteps(config(timestep_spacing=spacing), steps).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [
+        ("leading", [751, 501, 251]),
+        ("trailing", [999, 666, 332]),
+        ("linspace", [999, 666, 333]),
+    ],
+)
+def test_timesteps_that_end_clean_leave_the_cleanest_out(spacing, expected):
+    timesteps = sampling_timesteps(config(timestep_spacing=spacing), 3, ends_clean=True)
+    assert timesteps.tolist() == expected
+
+
+@pytest.mark.parametrize("ends_clean", [False, True])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_every_number_of_steps_has_that_many_falling_timesteps(spacing):
-    for steps in range(1, 1000):
-        timesteps = sampling_timesteps(config(timestep_spacing=spacing), steps)
+def test_every_number_of_steps_has_that_many_falling_timesteps(spacing, ends_clean):
+    for steps in range(1, 999):
+        timesteps = sampling_timesteps(
+            config(timestep_spacing=spacing), steps, ends_clean=ends_clean
+        )
         assert len(timesteps) == steps
         assert (np.diff(timesteps) < 0).all()
         assert timesteps[0] <= 999 and timesteps[-1] >= 0
@@ -115,6 +133,24 @@ def test_every_number_of_steps_has_that_many_falling_timesteps(spacing):
 def test_steps_that_do_not_fit_are_refused(steps, message):
     with pytest.raises(UserError, match=message):
         sampling_timesteps(SchedulerConfig(), steps)
+
+
+def test_steps_that_end_clean_are_at_most_one_fewer():
+    linspace = config(timestep_spacing="linspace")
+    assert len(sampling_timesteps(linspace, 999, ends_clean=True)) == 999
+    with pytest.raises(UserError, match=r"steps must be in 1\.\.999; got 1000"):
+        sampling_timesteps(linspace, 1000, ends_clean=True)
+
+
+def test_noise_to_signal_lies_on_a_line_between_timesteps():
+    # sqrt(0.1 / 0.9), sqrt(0.37 / 0.63), sqrt(0.685 / 0.315), and the middle of the last two
+    ratios = noise_to_signal(config(**SHORT), np.array([0.0, 1.0, 1.5, 2.0]))
+    np.testing.assert_allclose(ratios, [1 / 3, 0.7663560, 1.1205055, 1.4746550], rtol=1e-6)
+
+
+def test_noise_to_signal_is_finite_where_there_is_no_signal():
+    ratio = noise_to_signal(config(rescale_betas_zero_snr=True), np.array([999]))
+    np.testing.assert_allclose(ratio, [math.sqrt(2**24 - 1)], rtol=1e-12)
 
 
 def test_each_story_is_noised_at_its_own_timestep():

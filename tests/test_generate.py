@@ -62,6 +62,7 @@ def test_stories_json_says_how_they_were_drawn(drawn, tiny_checkpoint):
         "checkpoint": {"path": str(tiny_checkpoint), "step": 0},
         "seed": 3,
         "settings": {
+            "scheduler": "ddim",
             "steps": 2,
             "guidance_scale": 2.0,
             "image_guidance_scale": 1.0,
@@ -70,6 +71,8 @@ def test_stories_json_says_how_they_were_drawn(drawn, tiny_checkpoint):
             "height": 16,
             "width": 16,
             "storyflow": [5.0, 5.0, 5.0, 5.0],
+            "frameinit": None,
+            "camera_motion": None,
             "weights": "ema",
             "dtype": "float32",
             "initial_latents": None,
@@ -128,13 +131,14 @@ def test_a_jsonl_file_gives_a_folder_a_story(tiny_checkpoint, tmp_path, capsys):
     generate.main(
         ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
         + ["--stories", str(tmp_path / "stories.jsonl"), "--batch-size", "2"]
-        + ["--storyflow", "1,2,3.5,4", "--guidance-scale", "3"]
+        + ["--storyflow", "1,2,3.5,4", "--guidance-scale", "3", "--scheduler", "euler"]
     )
 
     told = json.loads((tmp_path / "out" / "stories.json").read_text())
     assert [story["folder"] for story in told["stories"]] == ["s1_a", "b", "c"]
     assert told["settings"]["storyflow"] == [1.0, 2.0, 3.5, 4.0]
     assert told["settings"]["guidance_scale"] == 3.0
+    assert told["settings"]["scheduler"] == "euler"
     for folder in ("s1_a", "b", "c"):
         assert {path.name for path in (tmp_path / "out" / folder).glob("frame_*")} == set(FRAMES)
     assert capsys.readouterr().out == f"3 stories in {tmp_path / 'out'}\n"
@@ -156,6 +160,41 @@ def test_a_continuation_model_goes_on_from_a_picture(tiny_continuation_checkpoin
     assert told["stories"][0]["first_frame"] == str(tmp_path / "first.png")
 
 
+def test_a_camera_moves_over_a_picture_wider_than_the_frame(tiny_continuation_checkpoint, tmp_path):
+    halves = np.repeat(np.array([[[0], [200]]], np.uint8), 16, axis=1)  # dark, then bright
+    Image.fromarray(np.broadcast_to(halves, (16, 32, 3))).save(tmp_path / "first.png")
+
+    generate.main(
+        ["--checkpoint", str(tiny_continuation_checkpoint), "--out", str(tmp_path / "out")]
+        + [*SAID, "--first-frame", str(tmp_path / "first.png"), "--camera-motion", "pan_left"]
+        + ["--frameinit", "butterworth", "--frameinit-level", "700", "--frameinit-order", "2"]
+    )
+
+    # The first view is the right half; the picture was not cropped in the middle.
+    assert np.max(np.abs(frame(tmp_path / "out" / "story", 0).astype(int) - 200)) <= 1
+    settings = json.loads((tmp_path / "out" / "stories.json").read_text())["settings"]
+    assert settings["camera_motion"] == "pan_left"
+    assert settings["frameinit"] == {
+        "method": "butterworth",
+        "level": 700,
+        "spatial": 0.25,
+        "temporal": 0.25,
+        "order": 2,
+    }
+
+
+@pytest.mark.slow
+def test_another_scheduler_draws_another_picture(drawn, tiny_checkpoint, tmp_path):
+    generate.main(
+        ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path), *SAID, "--seed", "3"]
+        + ["--scheduler", "euler_ancestral"]
+    )
+
+    settings = json.loads((tmp_path / "stories.json").read_text())["settings"]
+    assert settings["scheduler"] == "euler_ancestral"
+    assert not np.array_equal(frame(tmp_path / "story", 2), frame(drawn / "story", 2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -165,6 +204,18 @@ def test_a_continuation_model_goes_on_from_a_picture(tiny_continuation_checkpoin
         (SAID + ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (SAID + ["--storyflow", "1,2,x"], "argument --storyflow: '1,2,x' is not numbers"),
         (SAID + ["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (SAID + ["--scheduler", "heun"], "argument --scheduler: invalid choice: 'heun'"),
+        (SAID + ["--frameinit", "low"], "argument --frameinit: invalid choice: 'low'"),
+        (SAID + ["--camera-motion", "roll"], "argument --camera-motion: invalid choice: 'roll'"),
+        (SAID + ["--camera-motion", "zoom_in"], "--camera-motion without --frameinit; choose"),
+        (
+            SAID + ["--frameinit-level", "0", "--frameinit-order", "2"],
+            "--frameinit-level, --frameinit-order without --frameinit; choose its filter",
+        ),
+        (
+            SAID + ["--frameinit", "box", "--frameinit-spatial", "1.1"],
+            r"frameinit: spatial must be in \[0, 1\]; got 1.1",
+        ),
         (SAID[:-1] + [" "], "--sentence: a sentence is blank"),
         (["--story", "none.txt"], "cannot read none.txt"),
         (["--story", "empty.txt"], "empty.txt is empty"),
@@ -199,8 +250,10 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, a
         (SAID + ["--height", "0", "--first-frame", "a.png"], "got 0 x 16"),
         (SAID + ["--weights", "raw"], "holds no raw weights; give --weights ema"),
         (SAID + ["--steps", "0"], "steps must be at least 1; got 0"),
-        (SAID + ["--guidance-scale", "nan"], "guidance_scale must be finite"),
+        (SAID + ["--guidance-scale", "nan"], "guidance_scale must be finite, at least 0; got nan"),
         (SAID + ["--image-guidance-scale", "2"], "needs a continuation model"),
+        (SAID + ["--frameinit", "gaussian"], "frameinit needs a first frame"),
+        (SAID + ["--scheduler", "euler", "--eta", "0.5"], "eta = 0.5 is for scheduler ddim"),
         (SAID + ["--seed", "-1"], "seed must be in"),
         (SAID + ["--initial-latents", "none.npy"], "none.npy cannot be read"),
         (SAID + ["--initial-latents", "text.png"], "text.png cannot be read as a .npy file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,7 +14,12 @@ import numpy as np
 import pytest
 
 from contextualstory_jax import Story, StoryPipeline, UserError
-from contextualstory_jax.config import SamplingConfig
+from contextualstory_jax.camera import film
+from contextualstory_jax.config import FrameInitConfig, ModelConfig, SamplingConfig, build
+from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
+from contextualstory_jax.diffusion.samplers import Sampler
+from contextualstory_jax.model import StoryModel
+from contextualstory_jax.pipeline import Inputs, Scales, draw_latents, story_key
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
 STORIES = [
@@ -154,6 +160,139 @@ def test_image_guidance_strengthens_the_first_frame(continuation):
     assert levels_apart(drawn, continuation(SENTENCES, first_frame=FIRST_FRAME)) > 1
 
 
+def test_frameinit_gives_the_noise_low_frequencies_of_the_first_frame(continuation):
+    story, config = Story(SENTENCES, "a", FIRST_FRAME), continuation.model.config
+    plain = continuation.draw([story])
+    noise = continuation._inputs([story], 0, plain.latents.shape[1:]).noise
+    way = make_frameinit(FrameInitConfig("ideal"), config.scheduler, plain.latents.shape[1:4])
+    mixed = jax.jit(mix)(way, jnp.asarray(plain.latents[:, :1]), noise)
+
+    drawn = continuation.draw([story], frameinit=FrameInitConfig("ideal")).pictures
+
+    expected = continuation.draw([story], initial_latents=np.asarray(mixed)).pictures
+    assert levels_apart(drawn, expected) <= 1
+    assert levels_apart(drawn, plain.pictures) > 1
+    programs = continuation._program._cache_size()
+    continuation.draw([story], frameinit=FrameInitConfig("gaussian", level=500))
+    assert continuation._program._cache_size() == programs
+
+
+def test_a_moving_camera_films_the_clip_that_frameinit_starts_from(continuation):
+    wide = np.random.default_rng(1).integers(0, 256, (20, 40, 3), np.uint8)
+
+    inputs = continuation._inputs([Story(SENTENCES, "a", wide)], 0, (5, 4, 4, 48), "pan_left")
+
+    np.testing.assert_array_equal(inputs.first_frame[0], film(wide, "pan_left", 5, 16, 16))
+
+
+class PlainModel(StoryModel):
+    """Predicts the sum of what it is given: text, first frame, StoryFlow and noisy latents."""
+
+    def encode_text(self, params, ids):
+        return ids[..., None].astype(jnp.float32)
+
+    def contextualize(self, params, text):
+        return 10 * text
+
+    def condition(self, params, storyline, motion):
+        return storyline[:, 0, 0, 0], motion.mean()
+
+    def encode_pictures(self, params, pictures, keys):
+        return pictures[:, :, ::4, ::4, :1].astype(jnp.float32)
+
+    def predict(self, params, noisy, timesteps, condition, first_frame):
+        text, motion = condition
+        given = 0 if first_frame is None else first_frame[:, None]
+        return text[:, None, None, None, None] + motion + noisy + given
+
+
+# One step that hands the prediction on, from latents of three times the usual size
+HANDING_ON = Sampler(
+    timesteps=np.zeros(1, np.int32),
+    coefficients=(),
+    init_noise_sigma=3.0,
+    step=lambda x, prediction, coefficients, carry, noise: (prediction, carry),
+)
+
+
+@pytest.mark.parametrize(
+    ("branches", "given"), [(1, False), (1, True), (2, False), (2, True), (3, True)]
+)
+def test_guidance_joins_predictions_with_less_and_more_of_the_condition(
+    tiny_model_config, branches, given
+):
+    generator = np.random.default_rng(0)
+    noise = generator.standard_normal((2, 5, 4, 4, 1), np.float32)
+    picture = generator.integers(0, 256, (2, 1, 16, 16, 3), np.uint8)
+    keys = jax.random.split(jax.random.key(0), 2)
+    ids = jnp.broadcast_to(jnp.array([2, 4])[:, None, None], (2, 5, 7))
+    inputs = Inputs(ids, jnp.asarray(noise), keys, keys, jnp.asarray(picture) if given else None)
+    scales = Scales(jnp.float32(2), jnp.float32(1.5), jnp.float32(0))
+    model, null_ids = PlainModel(tiny_model_config), jnp.full(7, 7)
+
+    latents = draw_latents(
+        model, branches, {}, inputs, null_ids, jnp.full(4, 0.5), HANDING_ON, scales, None
+    )
+
+    # The null text has not read the others; the first frame of noise has the size of the latents.
+    text, null_text = np.reshape([20.0, 40.0], (2, 1, 1, 1, 1)), 7.0
+    x, clean = 3 * noise + 0.5, picture[:, :, ::4, ::4, :1].astype(np.float32)
+    first, noisy = (clean, 3 * noise[:, :1]) if given else (0, 0)
+    x = x[:, 1:] if given else x
+    expected = {
+        1: x + text + first,
+        2: x + first + null_text + 2 * (text - null_text),
+        3: x + noisy + null_text + 1.5 * (first - noisy) + 2 * (text - null_text),
+    }[branches]
+    expected = np.concatenate([clean, expected], axis=1) if given else expected
+    np.testing.assert_allclose(latents, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_frameinit_mixes_the_whole_clip_whose_first_view_is_the_first_frame(tiny_model_config):
+    generator = np.random.default_rng(0)
+    noise = jnp.asarray(generator.standard_normal((1, 5, 4, 4, 1), np.float32))
+    clip = jnp.asarray(generator.uniform(0, 9, (1, 5, 16, 16, 3)).astype(np.float32))
+    keys = jax.random.split(jax.random.key(0), 1)
+    inputs = Inputs(jnp.zeros((1, 5, 7), int), noise, keys, keys, clip)
+    scales = Scales(*jnp.zeros(3))
+    way = make_frameinit(FrameInitConfig(level=300), tiny_model_config.scheduler, (5, 4, 4))
+
+    latents = draw_latents(
+        PlainModel(tiny_model_config),
+        1,
+        {},
+        inputs,
+        jnp.zeros(7, int),
+        jnp.zeros(4),
+        HANDING_ON,
+        scales,
+        way,
+    )
+
+    seen = clip[:, :, ::4, ::4, :1]
+    mixed = jax.jit(mix)(way, seen, noise)
+    np.testing.assert_array_equal(latents[:, :1], seen[:, :1])
+    np.testing.assert_allclose(latents[:, 1:], 3 * mixed[:, 1:] + seen[:, :1], rtol=1e-4)
+
+
+def test_the_first_frames_posterior_follows_from_the_seed_and_the_id(tiny_model_config):
+    vae = {"block_out_channels": [8, 8, 8], "layers_per_block": 1, "norm_num_groups": 4}
+    values = dataclasses.asdict(tiny_model_config)
+    values["unet"].update(in_channels=4, out_channels=4)
+    model = StoryModel(build(ModelConfig, {**values, "vae": {"kind": "kl", **vae}}))
+    params = {"vae": jax.tree.map(jnp.asarray, model.vae.init(0))}
+    pictures = jnp.broadcast_to(FIRST_FRAME, (3, 1, 16, 16, 3))
+    keys = [story_key(seed, name) for seed, name in ((0, "a"), (0, "b"), (1, "a"))]
+
+    encode = jax.jit(model.encode_pictures)
+    latents, again = (
+        np.asarray(encode(params, pictures, jnp.stack(order))) for order in (keys, keys[::-1])
+    )
+
+    np.testing.assert_array_equal(latents, again[::-1])
+    assert all(np.abs(latents[i] - latents[j]).max() > 1e-3 for i, j in ((0, 1), (0, 2)))
+
+
 @pytest.mark.parametrize(
     ("stories", "options", "message"),
     [
@@ -173,6 +312,11 @@ def test_image_guidance_strengthens_the_first_frame(continuation):
             SENTENCES,
             {"sampling": SamplingConfig(image_guidance_scale=1.5)},
             "image_guidance_scale above 1 needs a continuation model",
+        ),
+        (
+            SENTENCES,
+            {"frameinit": FrameInitConfig()},
+            "frameinit needs a first frame, but the model draws from sentences alone; leave it out",
         ),
         (SENTENCES, {"storyflow": [1.0] * 3}, "storyflow must be 4 finite numbers"),
         (SENTENCES, {"storyflow": [1.0, 1.0, 1.0, float("nan")]}, "storyflow must be 4 finite"),
@@ -200,24 +344,29 @@ def test_what_does_not_fit_is_refused(pipeline, stories, options, message):
 
 
 @pytest.mark.parametrize(
-    ("first_frame", "message"),
+    ("first_frame", "options", "message"),
     [
-        (None, "has no first frame, but .* give a picture"),
-        (FIRST_FRAME[:8], "first frame must be uint8 of shape 16 x 16 x 3"),
+        (None, {}, "has no first frame, but .* give a picture"),
+        (None, {"frameinit": FrameInitConfig()}, "has no first frame, but .* give a picture"),
+        (FIRST_FRAME[:8], {}, "first frame must be uint8 of shape 16 x 16 x 3"),
+        (FIRST_FRAME[:0], {"camera_motion": "zoom_in"}, "uint8 of shape height x width x 3"),
+        (FIRST_FRAME, {"camera_motion": "zoom_in"}, "starts from; choose its filter too"),
+        (FIRST_FRAME, {"camera_motion": "roll"}, "must be one of pan_left, .*; got 'roll'"),
+        (FIRST_FRAME, {"frameinit": FrameInitConfig(level=1000)}, r"0\.\.999; got 1000"),
     ],
 )
-def test_a_first_frame_that_does_not_fit_is_refused(continuation, first_frame, message):
+def test_what_does_not_fit_continuation_is_refused(continuation, first_frame, options, message):
     with pytest.raises(UserError, match=message):
-        continuation(SENTENCES, first_frame=first_frame)
+        continuation(SENTENCES, first_frame=first_frame, **options)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"steps": 0}, "steps must be at least 1; got 0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be finite"),
-        ({"guidance_scale": float("inf")}, "guidance_scale must be finite"),
-        ({"image_guidance_scale": -1.0}, "image_guidance_scale must be finite, at least 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be finite, at least 0; got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be finite, at least 0; got inf"),
+        ({"image_guidance_scale": -1.0}, "image_guidance_scale must be at least 0; got -1.0"),
         ({"guidance_rescale": 1.1}, r"guidance_rescale must be in \[0, 1\]; got 1.1"),
         ({"eta": -0.1}, r"eta must be in \[0, 1\]; got -0.1"),
     ],

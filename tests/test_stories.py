@@ -10,7 +10,14 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax.errors import UserError
-from contextualstory_jax.stories import StoryText, folder_name, read_jsonl, read_picture, read_txt
+from contextualstory_jax.stories import (
+    StoryText,
+    fit_picture,
+    folder_name,
+    read_jsonl,
+    read_picture,
+    read_txt,
+)
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -36,6 +43,12 @@ def test_a_jsonl_line_holds_a_story(tmp_path):
     assert first == StoryText(("One.", "Two."), "a", tmp_path / "first.png")
     assert second == StoryText(("x",), "Pororo_1/2", None)
     assert folder_name(second.id) == "Pororo_1_2"
+
+
+def test_a_jsonl_sentence_may_be_empty(tmp_path):
+    path = write(tmp_path / "stories.jsonl", line(sentences=["", " \t", "Two."]))
+
+    assert read_jsonl(path)[0].sentences == ("", "", "Two.")
 
 
 def test_an_absolute_first_frame_stays_where_it_is(tmp_path):
@@ -72,7 +85,6 @@ def test_a_text_file_without_text_is_refused(tmp_path, text, message):
         (line(id="a"), r":2: id 'a' would share the folder a with .*:1;"),
         (line(id="b", sentences="One."), ":2 needs sentences"),
         (line(id="b", sentences=[1]), ":2: a sentence must be a string"),
-        (line(id="b", sentences=[" "]), ":2: a sentence is blank"),
         (line(id="b", sentences=["\ud800"]), ":2: .* is not Unicode text"),
         (line(id="b", first_frame=7), ":2: first_frame must be the path"),
         (line(id="b", firstframe="x.png"), r":2 has an unknown key \['firstframe'\]"),
@@ -97,19 +109,21 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read_jsonl(tmp_path)
 
 
-def test_a_picture_of_the_right_size_is_read_as_it_is(tmp_path):
+def test_a_picture_of_the_right_size_stays_as_it_is(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.png")
 
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png", 16, 24), picture)
+    read = read_picture(tmp_path / "a.png")
+
+    np.testing.assert_array_equal(read, picture)
+    np.testing.assert_array_equal(fit_picture(read, 16, 24), picture)
 
 
-def test_a_picture_of_another_shape_is_cropped_in_the_middle(tmp_path):
+def test_a_picture_of_another_shape_is_cropped_in_the_middle():
     picture = np.zeros((32, 96, 3), np.uint8)
     picture[:, 32:64] = 200  # the middle third
-    Image.fromarray(picture).save(tmp_path / "a.png")
 
-    cropped = read_picture(tmp_path / "a.png", 16, 16)
+    cropped = fit_picture(picture, 16, 16)
 
     # Resizing comes before cropping, so the outermost pixels see a little of what is cut away.
     np.testing.assert_array_equal(cropped[:, 1:-1], 200)
@@ -120,7 +134,7 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path):
     for mode in ("L", "P", "RGBA", "1"):
         Image.new(mode, (16, 16)).save(tmp_path / f"{mode}.png")
 
-        assert read_picture(tmp_path / f"{mode}.png", 16, 16).shape == (16, 16, 3)
+        assert read_picture(tmp_path / f"{mode}.png").shape == (16, 16, 3)
 
 
 def test_a_first_frame_that_is_no_picture_is_named(tmp_path):
@@ -128,7 +142,7 @@ def test_a_first_frame_that_is_no_picture_is_named(tmp_path):
     half = (tmp_path / "whole.png").read_bytes()[:60]
 
     with pytest.raises(UserError, match="no first frame .*none.png"):
-        read_picture(tmp_path / "none.png", 16, 16)
+        read_picture(tmp_path / "none.png")
     for path in (write(tmp_path / "a.png", "text"), write(tmp_path / "b.png", half), tmp_path):
         with pytest.raises(UserError, match=f"first frame {path} cannot be read as a picture"):
-            read_picture(path, 16, 16)
+            read_picture(path)

@@ -58,30 +58,50 @@ def _betas(config: SchedulerConfig) -> Float64[np.ndarray, "t"]:
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
-def sampling_timesteps(config: SchedulerConfig, steps: int) -> Int64[np.ndarray, "t"]:
+def sampling_timesteps(
+    config: SchedulerConfig, steps: int, *, ends_clean: bool = False
+) -> Int64[np.ndarray, "t"]:
     """The `steps` timesteps that sampling visits, noisiest first.
 
-    Raises `UserError` where there are no such timesteps. Source: arXiv 2305.08891, table 2;
-    diffusers DDIMScheduler.set_timesteps.
+    With `ends_clean` the cleanest timestep of the spacings leading and linspace, one more than
+    `steps`, is not among them. Raises `UserError` where there are no such timesteps. Source: arXiv
+    2305.08891, table 2; set_timesteps of diffusers DDIMScheduler, and with `ends_clean` of
+    DPMSolverMultistepScheduler.
     """
     last = config.num_train_timesteps - 1
-    require(1 <= steps <= last + 1, f"steps must be in 1..{last + 1}; got {steps}")
+    points = steps + (ends_clean and config.timestep_spacing != "trailing")
+    most = last + 1 - (points - steps)
+    require(1 <= steps <= most, f"steps must be in 1..{most}; got {steps}")
     if config.timestep_spacing == "linspace":
-        timesteps = np.linspace(0, last, steps).round()[::-1]
+        timesteps = np.linspace(0, last, points).round()[::-1]
     elif config.timestep_spacing == "leading":
-        ratio = (last + 1) // steps
-        timesteps = np.arange(steps)[::-1] * ratio + config.steps_offset
+        ratio = (last + 1) // points
+        timesteps = np.arange(points)[::-1] * ratio + config.steps_offset
     else:
         # Parity: np.arange's own rounding decides where a timestep lies halfway between two. With
         # 61 steps of 1000, say, it gives one too many, which diffusers visits as timestep -1.
-        timesteps = np.arange(last + 1, 0, -(last + 1) / steps)[:steps].round() - 1
+        timesteps = np.arange(last + 1, 0, -(last + 1) / steps).round() - 1
     first = int(timesteps[0])
     require(
         first <= last,
         f"steps = {steps} with scheduler.steps_offset = {config.steps_offset} starts at timestep "
         f"{first}, past the last, {last}; take fewer steps",
     )
-    return timesteps.astype(np.int64)
+    return timesteps[:steps].astype(np.int64)
+
+
+def noise_to_signal(
+    config: SchedulerConfig, timesteps: Int64[np.ndarray, "t"] | Float64[np.ndarray, "t"]
+) -> Float64[np.ndarray, "t"]:
+    """The ratio sigma / signal at each timestep, on a line between whole ones.
+
+    Source: diffusers EulerDiscreteScheduler.set_timesteps.
+    """
+    alpha = noise_schedule(config).alphas_cumprod
+    if config.rescale_betas_zero_snr:
+        # Parity: float16's smallest number in place of 0, so that the ratio stays finite.
+        alpha[-1] = 2.0**-24
+    return np.interp(timesteps, np.arange(len(alpha)), np.sqrt((1 - alpha) / alpha))
 
 
 def add_noise(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from contextualstory_jax.config import UNetConfig
 from contextualstory_jax.models.blocks import DownBlock, MidBlock, TextKeysValues, UpBlock
@@ -80,7 +80,7 @@ class UNet(nnx.Module):
 
     def embed_time(
         self,
-        timesteps: Int[Array, " b"],
+        timesteps: Num[Array, " b"],
         storyflow: Float[Array, "#b f c"] | None,
         frame_stride: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b f c"]:
@@ -101,7 +101,7 @@ class UNet(nnx.Module):
     def __call__(
         self,
         sample: Float[Array, "b g h w i"],
-        timesteps: Int[Array, " b"],
+        timesteps: Num[Array, " b"],
         text: list[TextKeysValues],
         storyflow: Float[Array, "#b f c"] | None = None,
         first_frame: Float[Array, "b h w i"] | None = None,

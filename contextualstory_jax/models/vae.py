@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Real, UInt8
 
 from contextualstory_jax.config import AutoencoderKLConfig, SpaceToDepthConfig
 from contextualstory_jax.models.attention import attention
@@ -276,7 +276,7 @@ def decode_latents(
     return codec.decode(latents / scaling_factor)
 
 
-def pictures_to_float(pictures: UInt8[Array, "*batch h w c"]) -> Float[Array, "*batch h w c"]:
+def pictures_to_float(pictures: Real[Array, "*batch h w c"]) -> Float[Array, "*batch h w c"]:
     """Levels 0..255 to float32 in [-1, 1]."""
     return pictures.astype(jnp.float32) / 127.5 - 1
 
