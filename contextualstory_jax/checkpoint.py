@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,17 +244,24 @@ def latest_step(folder: Path) -> int | None:
 
 
 def load_weights(
-    folder: Path, weights: str | None, shapes: Mapping[str, Any], may_lack: str = ""
+    folder: Path,
+    weights: str | None,
+    shapes: Mapping[str, Any],
+    may_lack: str = "",
+    parts: Collection[str] | None = None,
 ) -> tuple[dict, dict]:
     """All parameters of the newest checkpoint, as stored, and its meta, with `weights` in it.
 
     Args: `weights`: `ema`, the average of the trained parameters, or `raw`, their last values; by
-    default `ema` where there is one. `may_lack`, a regex of names that need not be there.
+    default `ema` where there is one. `may_lack`, a regex of names that need not be there. `parts`,
+    which are wanted, if not all; others may still be among what is returned.
     Raises `UserError` where there is no checkpoint, none with these weights, or it does not fit
     `shapes`.
     """
     with Checkpoints(folder) as checkpoints:
         step, meta, names = choose_weights(checkpoints, weights, shapes, may_lack)
+        if parts is not None:
+            names = [n for n in names if any(meta["items"][n].get(part) for part in parts)]
         targets: dict[str, dict] = {}
         for name in names:
             # Which parameter is in which item, and its dtype, is the checkpoint's to say.

@@ -394,6 +394,7 @@ class DataConfig:
     split_policy: Literal["published", "strict"] = "published"
     captions: Literal["blip2", "original"] = "blip2"  # of pororo alone
     workers: int = 0  # processes that read; 0: a thread of the one that trains
+    latents: str | None = None  # a latent cache of the training split, read in place of pictures
 
     def __post_init__(self) -> None:
         check_range(self, "data.", ("workers",), 0)

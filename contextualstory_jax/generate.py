@@ -104,7 +104,11 @@ def _add_frameinit(parser: argparse.ArgumentParser) -> None:
     ):
         text = f"{text}; default: {getattr(default, name)}"
         add(f"--frameinit-{name}", type=kind, metavar=letter, help=text)
-    add("--camera-motion", choices=motions, help="over the whole first frame; default: it is held still")
+    add(
+        "--camera-motion",
+        choices=motions,
+        help="over the whole first frame; default: it is held still",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

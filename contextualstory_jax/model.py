@@ -20,6 +20,7 @@ from contextualstory_jax.models.network import Network, Params
 from contextualstory_jax.models.temporal import clamp_alphas
 from contextualstory_jax.models.unet import UNet
 from contextualstory_jax.models.vae import (
+    Moments,
     decode_latents,
     picture_codec,
     pictures_to_float,
@@ -66,15 +67,21 @@ class StoryModel:
         self, params: Parts, pictures: Real[Array, "b f h w 3"], keys: Key[Array, " b"]
     ) -> Float[Array, "b f p q c"]:
         """Scaled latents of levels 0 to 255, drawn from the posterior with one key a story."""
+        return self.sample(self.picture_moments(params, pictures), keys)
+
+    def picture_moments(self, params: Parts, pictures: Real[Array, "b f h w 3"]) -> Moments:
+        """The posterior over unscaled latents, `b f p q c`, of levels 0 to 255."""
         b, f = pictures.shape[:2]
         codec = self.vae.bind(params["vae"], self.dtype)
         moments = codec.encode(pictures_to_float(pictures).reshape(b * f, *pictures.shape[2:]))
+        return jax.tree.map(lambda x: x.reshape(b, f, *x.shape[1:]), moments)
+
+    def sample(self, moments: Moments, keys: Key[Array, " b"]) -> Float[Array, "b f p q c"]:
+        """Scaled latents drawn from posteriors `b f p q c`, with one key a story."""
         moments = jax.tree.map(lambda x: x.astype(jnp.float32), moments)
         shape = moments.mean.shape[1:]
-        noise = jax.vmap(lambda key: jax.random.normal(key, (f, *shape)))(keys)
-        noise = noise.reshape(b * f, *shape)
-        latents = sample_latents(moments, noise, self.config.vae.scaling_factor)
-        return latents.reshape(b, f, *shape)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        return sample_latents(moments, noise, self.config.vae.scaling_factor)
 
     def decode(
         self, params: Parts, latents: Float[Array, "b f p q c"]

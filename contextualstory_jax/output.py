@@ -71,8 +71,7 @@ def write_story(
     images = [Image.fromarray(picture) for picture in pictures]
     with whole(folder) as temporary:
         temporary.mkdir()
-        for i, (image, sentence) in enumerate(zip(images, sentences, strict=True)):
-            image.save(temporary / f"frame_{i}.png", pnginfo=_text(seed, sentence))
+        save_frames(temporary, pictures, sentences, seed)
         grid = Image.fromarray(_grid(pictures))
         grid.save(temporary / "grid.png", pnginfo=_text(seed, "\n".join(sentences)))
         images[0].save(
@@ -82,6 +81,19 @@ def write_story(
             duration=GIF_MILLISECONDS,
             loop=0,
         )
+
+
+def save_frames(
+    folder: Path,
+    pictures: UInt8[np.ndarray, "f h w 3"],
+    sentences: Sequence[str],
+    seed: int,
+    name: str = "frame",
+) -> None:
+    """Write `NAME_0.png` and so on into a folder; they tell seed and sentence."""
+    for i, (picture, sentence) in enumerate(zip(pictures, sentences, strict=True)):
+        path = folder / f"{name}_{i}.png"
+        Image.fromarray(picture).save(path, pnginfo=_text(seed, sentence))
 
 
 def write_json(path: Path, values: Any) -> None:

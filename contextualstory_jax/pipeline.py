@@ -150,7 +150,8 @@ class StoryPipeline:
         """
         self.model, self.tokenizer, self.step, self.weights = model, tokenizer, step, weights
         self.storyflow = np.asarray(storyflow, np.float32)
-        self.mesh = make_mesh(MeshConfig())
+        # Its own process's: processes draw different stories, at different times.
+        self.mesh = make_mesh(MeshConfig(), jax.local_devices())
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         # Drawing only reads: weights are held once, in the dtype they are computed with.
         self.params = jax.device_put(

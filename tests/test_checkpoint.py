@@ -113,6 +113,30 @@ def test_weights_that_are_not_there_are_named(tmp_path):
         load_weights(tmp_path, "best", shapes(params()))
 
 
+def test_averaged_weights_are_taken_where_there_are_such(tmp_path):
+    for name, items in {"raw": ["params"], "both": ["params", "ema_params"]}.items():
+        save(tmp_path / name, **{item: params(2.0 if item == "params" else 3.0) for item in items})
+
+    raw, raw_meta = load_weights(tmp_path / "raw", None, shapes(params()))
+    averaged, averaged_meta = load_weights(tmp_path / "both", None, shapes(params()))
+
+    assert_same(raw, params(2.0))
+    assert_same(averaged, params(3.0))
+    assert (raw_meta["weights"], averaged_meta["weights"]) == ("raw", "ema")
+
+
+def test_only_names_that_may_be_lacking_are(tmp_path):
+    save(tmp_path, params=params())
+    more = shapes(params())
+    more["unet"]["tempo_attns.0.alpha"] = jax.ShapeDtypeStruct((1,), np.float32)
+
+    found, _ = load_weights(tmp_path, None, more, may_lack=r"tempo_attns\..*")
+
+    assert_same(found, params())
+    with pytest.raises(UserError, match="lacks 1 parameters: unet.tempo_attns.0.alpha"):
+        load_weights(tmp_path, None, more, may_lack=r"conv3ds\..*")
+
+
 def test_parameters_of_another_model_are_named(tmp_path):
     save(tmp_path, params=params())
     wider, more, fewer = (shapes(params()) for _ in range(3))

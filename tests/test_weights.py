@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from contextualstory_jax import weights
+from contextualstory_jax.config import ModelConfig
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.model import StoryModel
+
+# Key and shape of every tensor in the released checkpoints, by model.
+PUBLISHED = Path(__file__).parent / "fixtures" / "published_shapes.json.gz"
 
 
 @pytest.mark.parametrize(
@@ -29,6 +38,54 @@ from contextualstory_jax.errors import UserError
 )
 def test_a_key_is_our_name_but_for_the_last_word(name, ndim, key):
     assert weights.torch_key(name, ndim) == key
+
+
+def test_dead_tensors_at_published_size_are_the_checkpoint_s():
+    published = json.loads(gzip.decompress(PUBLISHED.read_bytes()))
+    shapes = StoryModel(ModelConfig()).shapes
+
+    made = {part: weights.dead_tensors(shapes[part], n_temp_heads=8) for part in shapes}
+
+    models = ("unet_visualization", "vae", "text_encoder")
+    for part, model in zip(shapes, models, strict=True):
+        assert {key: list(array.shape) for key, array in made[part].items()} == {
+            key: shape
+            for key, shape in published[model].items()
+            if any(re.fullmatch(pattern, key) for pattern, _ in weights.DEAD)
+        }
+
+
+def test_stable_diffusion_has_all_but_what_is_added():
+    keys = json.loads(gzip.decompress(PUBLISHED.read_bytes()))["unet_continuation"]
+
+    # So many tensors, and values, has the UNet of Stable Diffusion 2.1-base.
+    theirs = [shape for key, shape in keys.items() if not re.fullmatch(weights.ADDED, key)]
+    assert len(theirs) == 686
+    assert sum(map(math.prod, theirs)) == 865_910_724
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (
+            "encoder.mid_block.attentions.0.query.weight",
+            "encoder.mid_block.attentions.0.to_q.weight",
+        ),
+        ("decoder.mid_block.attentions.0.key.bias", "decoder.mid_block.attentions.0.to_k.bias"),
+        ("decoder.mid_block.attentions.0.value.bias", "decoder.mid_block.attentions.0.to_v.bias"),
+        (
+            "encoder.mid_block.attentions.0.proj_attn.weight",
+            "encoder.mid_block.attentions.0.to_out.0.weight",
+        ),
+        ("embeddings.position_ids", "text_model.embeddings.position_ids"),
+        ("encoder.layers.0.mlp.fc1.bias", "text_model.encoder.layers.0.mlp.fc1.bias"),
+        ("final_layer_norm.bias", "text_model.final_layer_norm.bias"),
+        ("text_model.final_layer_norm.bias", "text_model.final_layer_norm.bias"),
+        ("encoder.conv_in.weight", "encoder.conv_in.weight"),
+    ],
+)
+def test_names_of_other_versions_are_known(given, key):
+    assert weights.canonical_key(given) == key
 
 
 LAYOUTS = {  # our name: (PyTorch's shape, ours, an index there, the same value's index here)

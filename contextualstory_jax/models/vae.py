@@ -31,8 +31,8 @@ NORM_EPSILON = 1e-6  # of every norm in the autoencoder; diffusers vae.py resnet
 class Moments(NamedTuple):
     """A normal distribution over latents, one variance a value."""
 
-    mean: Float[Array, "n h w c"]
-    logvar: Float[Array, "n h w c"]  # -inf where the latent is the mean for certain
+    mean: Float[Array, "*n h w c"]
+    logvar: Float[Array, "*n h w c"]  # -inf where the latent is the mean for certain
 
 
 class ResnetBlock(nnx.Module):
@@ -263,8 +263,8 @@ def picture_codec(config: AutoencoderKLConfig | SpaceToDepthConfig) -> PictureCo
 
 
 def sample_latents(
-    moments: Moments, noise: Float[Array, "n h w c"], scaling_factor: float
-) -> Float[Array, "n h w c"]:
+    moments: Moments, noise: Float[Array, "*n h w c"], scaling_factor: float
+) -> Float[Array, "*n h w c"]:
     """Scaled latents drawn from a posterior; zero noise gives its mode."""
     return (moments.mean + jnp.exp(0.5 * moments.logvar) * noise) * scaling_factor
 

@@ -1,0 +1,86 @@
+"""What training begins with: fresh parameters, or those of another checkpoint folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from contextualstory_jax.checkpoint import load_weights, read_model, refuse_another
+from contextualstory_jax.config import ModelConfig, TrainConfig
+from contextualstory_jax.data.loader import TOKENIZER_DIR
+from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.released import SD_UNET
+from contextualstory_jax.weights import ADDED
+
+# What may differ from the model that training begins with: sizes and first values, and whether a
+# first frame is given, which adds layers.
+FREE = {
+    "sample_size",
+    "first_frame_condition_mode",
+    "zero_init_storyflow_adapter",
+    "zero_init_FSText",
+}
+# What of the scheduler decides what the UNet predicts.
+PREDICTION = {
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+}
+
+
+def tokenizer_folder(config: TrainConfig, workdir: Path) -> Path:
+    """The tokenizer's files: the workdir's own, those of `config.init_from`, or the stories'."""
+    own = workdir / "tokenizer"
+    if own.is_dir() or config.init_from is None:
+        return own if own.is_dir() else TOKENIZER_DIR
+    return Path(config.init_from) / "tokenizer"
+
+
+def initial_params(model: StoryModel, config: TrainConfig) -> Parts:
+    """Float32 parameters before the first step, on the host; says where they are from.
+
+    Those of `config.init_from` are its averaged ones where it has such. Only what Stable Diffusion
+    lacks may be fresh. Raises `UserError` where `config.init_from` is another model.
+    """
+    if config.init_from is None:
+        return model.init(config.seed)
+    folder = Path(config.init_from)
+    theirs = read_model(folder)
+    refuse_another(folder, spatial(theirs), spatial(model.config), "init_from")
+    given, meta = load_weights(folder, None, model.shapes, may_lack=ADDED)
+    if not meta.get("absent"):  # Stable Diffusion leaves the rest to the recipe
+        refuse_another(folder, temporal(theirs), temporal(model.config), "init_from")
+    params, fresh = model.init(config.seed), Counter[str]()
+    for part, leaves in params.items():
+        for name in leaves:
+            if name in given[part]:
+                leaves[name] = np.asarray(given[part].pop(name)).astype(np.float32)
+            elif layer := re.fullmatch(ADDED, name):
+                fresh[layer[2]] += 1
+    listed = ", ".join(f"{count} of {layer}" for layer, count in fresh.items())
+    print(f"{meta['weights']} parameters of {folder}; fresh: {listed or 'none'}", flush=True)
+    return params
+
+
+def spatial(config: ModelConfig) -> dict[str, Any]:
+    """What decides the meaning of the weights that Stable Diffusion has too."""
+    values = dataclasses.asdict(config)
+    unet = {k: v for k, v in values["unet"].items() if k in SD_UNET and k not in FREE}
+    vae = {k: v for k, v in values["vae"].items() if k not in FREE}
+    return {"unet": unet, "vae": vae, "text_encoder": values["text_encoder"]}
+
+
+def temporal(config: ModelConfig) -> dict[str, Any]:
+    """What decides the meaning of all others."""
+    values = dataclasses.asdict(config)
+    unet = {k: v for k, v in values["unet"].items() if k not in {*SD_UNET, *FREE}}
+    scheduler = {k: v for k, v in values["scheduler"].items() if k in PREDICTION}
+    return {"unet": unet, "scheduler": scheduler}
