@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import runpy
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,16 @@ from contextualstory_jax.errors import UserError
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The recipe in a file, with overrides `key.key=value` applied.
 
-    Raises `UserError` where the file is missing or no recipe, a key is unknown, or a value is out
-    of range.
+    A recipe may build on its neighbours: `from configs.shapes import get_config`. Raises
+    `UserError` where the file is missing or no recipe, a key is unknown, or a value is out of
+    range.
     """
     require(Path(path).is_file(), f"no recipe {path}; configs/ holds the recipes there are")
     try:
-        names = runpy.run_path(str(path))
-        require("get_config" in names, f"{path} is not a recipe: it has no get_config()")
-        config = names["get_config"]()
+        with _importable(Path(path).resolve().parent.parent):
+            names = runpy.run_path(str(path))
+            require("get_config" in names, f"{path} is not a recipe: it has no get_config()")
+            config = names["get_config"]()
     except UserError:
         raise
     except Exception as error:  # a recipe is the user's own code
@@ -57,6 +61,16 @@ def train_config(
             require(isinstance(inner, dict), f"config key {key}: {parent} holds no keys")
         inner[last] = _value(text)
     return build(TrainConfig, values)
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let code import from a folder, whatever the working directory."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _value(text: str) -> Any:

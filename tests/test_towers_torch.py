@@ -1,4 +1,7 @@
-"""The picture and text towers against diffusers and transformers, on random small configs."""
+"""The picture and text towers against diffusers and transformers, on random small configs.
+
+`tests/test_tokenizer.py` holds ids against CLIP's own procedure, without PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ import pytest
 
 from contextualstory_jax import weights
 from contextualstory_jax.config import AutoencoderKLConfig, TextEncoderConfig
+from contextualstory_jax.data.shapes import TOKENIZER_DIR
 from contextualstory_jax.models.clip_text import CLIPTextModel
 from contextualstory_jax.models.network import Network
 from contextualstory_jax.models.vae import AutoencoderKL
+from contextualstory_jax.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
@@ -102,19 +107,19 @@ def test_decode_is_diffusers(seed):
     assert relative_error(pictures, nhwc(expected)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_text_tower_is_transformers(seed):
+def random_text_tower(seed: int, **fixed):
+    """A config, our text tower, transformers' with the same weights, and a generator."""
     rng = np.random.default_rng(seed)
     heads = int(rng.integers(1, 5))
-    config = TextEncoderConfig(
-        vocab_size=50,
-        hidden_size=heads * int(rng.choice([4, 8])),
-        intermediate_size=int(rng.integers(8, 40)),
-        num_hidden_layers=int(rng.integers(1, 5)),
-        num_attention_heads=heads,
-        max_position_embeddings=int(rng.integers(8, 20)),
-        hidden_act=("gelu", "quick_gelu")[seed % 2],
-    )
+    values = {
+        "vocab_size": 50,
+        "hidden_size": heads * int(rng.choice([4, 8])),
+        "intermediate_size": int(rng.integers(8, 40)),
+        "num_hidden_layers": int(rng.integers(1, 5)),
+        "num_attention_heads": heads,
+        "max_position_embeddings": int(rng.integers(8, 20)),
+    }
+    config = TextEncoderConfig(**{**values, **fixed})
     torch.manual_seed(seed)
     reference = transformers.CLIPTextModel(
         transformers.CLIPTextConfig(**dataclasses.asdict(config))
@@ -122,10 +127,38 @@ def test_text_tower_is_transformers(seed):
     randomize(reference)
     # transformers 5 left the prefix out of its names; published checkpoints have it.
     tower = bind(Network(lambda: CLIPTextModel(config)), reference, prefix="text_model.")
+    return config, tower, reference, rng
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_text_tower_is_transformers(seed, hidden_act):
+    config, tower, reference, rng = random_text_tower(seed, hidden_act=hidden_act)
     ids = rng.integers(0, config.vocab_size, (3, config.max_position_embeddings))
 
     hidden = tower(jnp.asarray(ids))
 
     with torch.no_grad():
         expected = reference(torch.from_numpy(ids)).last_hidden_state.numpy()
+    assert relative_error(hidden, expected) <= TOLERANCE
+
+
+def test_sentences_through_tokenizer_and_tower_are_transformers():
+    sentences = [
+        "mia and otto are on the beach .",
+        "",
+        'mia jumps up high! otto, who watches, says: "where\'s mia?!"',
+        "they take a nap " * 10,
+    ]
+    theirs = transformers.CLIPTokenizer.from_pretrained(TOKENIZER_DIR)
+    length = theirs.model_max_length
+    fixed = {"vocab_size": len(theirs), "max_position_embeddings": length}
+    _, tower, reference, _ = random_text_tower(0, **fixed)
+
+    hidden = tower(jnp.asarray(Tokenizer(TOKENIZER_DIR, length)(sentences)))
+
+    # As the original's pipeline calls it: no attention mask, so that padding is read too.
+    ids = theirs(sentences, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = reference(ids).last_hidden_state.numpy()
     assert relative_error(hidden, expected) <= TOLERANCE

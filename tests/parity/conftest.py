@@ -1,26 +1,40 @@
-"""Turns each case file into a test."""
+"""Turns each case into a test."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+OWN = Path(__file__).parent / "cases"
+
+
+def find_cases(folder: Path) -> list[Path]:
+    """What was run, case by case; a case of the published size lies in `full`."""
+    return sorted(
+        path for form in ("*.json", "*/case.json", "full/*.json") for path in folder.glob(form)
+    )
+
 
 def pytest_generate_tests(metafunc):
     if metafunc.function.__name__ == "test_case":
         chosen = metafunc.config.getoption("--parity-dir")
-        folder = Path(chosen) if chosen else Path(__file__).parent / "cases"
-        cases = sorted(folder.glob("*.json"))
-        assert cases, f"no cases (*.json) in {folder}"
+        folder = Path(chosen) if chosen else OWN
+        cases = find_cases(folder)
+        assert cases, f"no cases in {folder}"
         metafunc.parametrize(
             "case_path",
-            [
-                pytest.param(case, id=case.stem, marks=() if chosen else own_marks(case))
-                for case in cases
-            ],
+            [pytest.param(case, id=name(case), marks=marks(case)) for case in cases],
         )
 
 
-def own_marks(case: Path) -> list[pytest.MarkDecorator]:
-    """A training step takes a minute to compile: of the project's own copies, a long test."""
-    return [pytest.mark.slow] if json.loads(case.read_text())["kind"] == "train" else []
+def name(case: Path) -> str:
+    """A case's own name: of its file, or of its folder."""
+    return case.parent.name if case.stem == "case" else case.stem
+
+
+def marks(case: Path) -> list[pytest.MarkDecorator]:
+    """Of the project's own copies, those that take half a minute or more are long tests."""
+    if case.parent.name == "full":
+        return [pytest.mark.full_size]
+    is_long = json.loads(case.read_text())["kind"] in ("train", "pipeline")
+    return [pytest.mark.slow] if is_long and case.is_relative_to(OWN) else []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from contextualstory_jax import weights
@@ -33,10 +35,14 @@ def torch_weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return n / np.sqrt(np.float32(np.prod(shape[1:])))
 
 
-def params(network: Network, seed: int, prefix: str = "") -> dict[str, np.ndarray]:
-    """All parameters of a network by the recipe, through the converter."""
-    tensors = {}
-    for name, shape in network.shapes.items():
-        key = weights.torch_key(name, len(shape.shape))
-        tensors[key] = torch_weight(prefix + key, weights.torch_shape(name, shape.shape), seed)
-    return weights.convert(tensors, network.shapes)
+def params(network: Network, seed: int) -> dict[str, jax.Array]:
+    """All parameters of a network by the recipe, through the converter.
+
+    One by one, so that a network of the published size is in memory once.
+    """
+    made = {}
+    for name, declared in network.shapes.items():
+        key = weights.torch_key(name, len(declared.shape))
+        tensor = torch_weight(key, weights.torch_shape(name, declared.shape), seed)
+        made |= jax.tree.map(jnp.asarray, weights.convert({key: tensor}, {name: declared}))
+    return made

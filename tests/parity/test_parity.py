@@ -1,4 +1,4 @@
-"""Every number the original computed, computed again: one test a case file.
+"""Every number the original computed, computed again: one test a case.
 
 `pytest tests/parity --parity-dir DIR` runs the cases found in DIR, whatever their names and sizes;
 without the option, the project's own copies. Tolerances are relative L2 errors in float32 on a CPU,
@@ -8,7 +8,6 @@ where a float32 rounding of an input moves an output by a few 1e-6.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 from pathlib import Path
@@ -18,132 +17,51 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from einops import rearrange, repeat
+from einops import rearrange
+from PIL import Image
 
-from contextualstory_jax import weights
+import convert_weights
+from contextualstory_jax import StoryPipeline, generate, weights
 from contextualstory_jax.config import (
     ModelConfig,
     OptimizerConfig,
+    SamplingConfig,
     SchedulerConfig,
     TextEncoderConfig,
     TrainConfig,
-    UNetConfig,
-    build,
 )
+from contextualstory_jax.diffusion.samplers import make_sampler
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.model import StoryModel, clamp
-from contextualstory_jax.models.network import Network
 from contextualstory_jax.models.storyflow import storyflow
-from contextualstory_jax.models.temporal import clamp_alphas
-from contextualstory_jax.models.unet import UNet
 from contextualstory_jax.state import Draws, TrainState, init_state, loss, optimizer, update
+from contextualstory_jax.stories import read_jsonl
 from tests.parity import recipe
-
-MODULE_TOLERANCE = 1e-5
-UNET_TOLERANCE = 2e-5
-
-
-class Case:
-    """What was run (`info`), inputs and outputs (`arrays`), the UNet with the recipe's weights."""
-
-    def __init__(self, path: Path):
-        self.info = json.loads(path.read_text())
-        self.arrays = dict(np.load(path.with_suffix(".npz")))
-        values = dict(self.info["unet_config"], max_text_length=self.info["max_text_length"])
-        assert values["cross_attention_dim"] == self.info["text_dim"]
-        self.config = build(UNetConfig, values, "unet.")
-        self.network = Network(lambda: UNet(self.config))
-        self.params = clamp_alphas(recipe.params(self.network, self.info["weight_seed"]))
-
-    def run(self, function, *inputs):
-        """Call `function(unet, *inputs)` in one compiled program."""
-        return np.asarray(
-            jax.jit(lambda params, *x: function(self.network.bind(params), *x))(
-                self.params, *inputs
-            )
-        )
-
-    def frames(self, name: str) -> np.ndarray:
-        """An array of frames (b f) c h w as b f h w c."""
-        return rearrange(self.arrays[name], "(b f) c h w -> b f h w c", f=self.config.n_frames)
+from tests.parity.cases import (
+    COMPARE,
+    LATENTS_TOLERANCE,
+    MODULE_TOLERANCE,
+    Case,
+    compare,
+    relative_error,
+)
+from tests.parity.conftest import OWN, find_cases
+from tests.released import PREFIXES, write_folder
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
     assert ours.shape == theirs.shape
-    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    error = relative_error(ours, theirs)
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
-def check_module(case: Case) -> None:
-    path = case.info["path"].split(".")
-
-    def module(unet, hidden):
-        found = functools.reduce(
-            lambda m, word: m[int(word)] if word.isdigit() else getattr(m, word), path, unet
-        )
-        return found(hidden)
-
-    assert_close(case.run(module, case.frames("hidden")), case.frames("output"), MODULE_TOLERANCE)
+def check_outputs(path: Path, tmp_path: Path) -> None:
+    for comparison in compare(Case(path)):
+        assert_close(comparison.ours, comparison.theirs, comparison.tolerance)
 
 
-def check_storyline(case: Case) -> None:
-    ours = case.run(lambda unet, text: unet.contextualize(text), case.arrays["context"])
-    assert_close(ours, case.arrays["output"], MODULE_TOLERANCE)
-
-
-def check_storyflow(case: Case) -> None:
-    f = case.config.n_frames
-    motion = case.arrays["motion"]
-    ours = case.run(lambda unet, m: unet.storyflow(m), motion)
-    assert_close(
-        rearrange(ours, "b f c -> (b f) c"), case.arrays["train_embedding"], MODULE_TOLERANCE
-    )
-    shared = case.run(lambda unet, m: unet.storyflow(m), motion[:1])
-    stories = case.arrays["test_embedding"].shape[0] // f
-    assert_close(
-        repeat(shared, "1 f c -> (b f) c", b=stories),
-        case.arrays["test_embedding"],
-        MODULE_TOLERANCE,
-    )
-
-
-def check_unet(case: Case) -> None:
-    arrays, f = case.arrays, case.config.n_frames
-    sample = rearrange(arrays["sample"], "b c f h w -> b f h w c")
-    text = rearrange(arrays["text"], "(b f) l d -> b f l d", f=f)
-    null_text = arrays["null_text"][None]
-    first_frame = arrays.get("first_frame_latents")
-    if first_frame is not None:
-        first_frame = rearrange(first_frame, "b c 1 h w -> b h w c")
-    is_train = case.info["mode"] == "train"
-    # Guidance: so many branches with the null text stand before the conditional one.
-    unconditional = {None: 0, "text": 1, "both": 2}[case.info["guidance"]]
-
-    def predict(unet, sample, text, null_text, motion, first_frame):
-        storyline = unet.contextualize(text)
-        null_text = jnp.broadcast_to(null_text, storyline.shape)
-        if is_train:
-            storyline = jnp.where(arrays["is_null"][:, None, None, None], null_text, storyline)
-        storyline = jnp.concatenate([null_text] * unconditional + [storyline])
-
-        def branches(x):
-            return jnp.concatenate([x] * (unconditional + 1))
-
-        sample = branches(sample)
-        timesteps = jnp.broadcast_to(arrays["timesteps"], sample.shape[:1])
-        return unet(
-            sample,
-            timesteps,
-            unet.text_keys_values(storyline),
-            unet.storyflow(motion),
-            None if first_frame is None else branches(first_frame),
-        )
-
-    ours = case.run(predict, sample, text, null_text, arrays["motion"], first_frame)
-    assert_close(rearrange(ours, "b f h w c -> b c f h w"), arrays["noise_pred"], UNET_TOLERANCE)
-
-
-def check_train(case: Case) -> None:
+def check_train(path: Path, tmp_path: Path) -> None:
+    case = Case(path)
     arrays, info = case.arrays, case.info["optimizer"]
     scheduler, text_encoder = (
         SchedulerConfig(),
@@ -175,7 +93,7 @@ def check_train(case: Case) -> None:
         state = update(state, gradient, tx, config.ema_decay)
         return state, value, optax.global_norm(gradient), storyflow(draws.latents).mean(axis=0)
 
-    state = init_state(jax.tree.map(jnp.asarray, initial), train)
+    state = init_state(initial, train)
     motions = []
     for i in range(steps):
         latents, noise = (
@@ -198,7 +116,7 @@ def check_train(case: Case) -> None:
     check_probes(case, initial["unet"], state)
 
 
-def check_probes(case: Case, initial: dict[str, np.ndarray], state: TrainState) -> None:
+def check_probes(case: Case, initial: dict[str, jax.Array], state: TrainState) -> None:
     """Every tensor after the last step, by its projection on a random vector."""
     arrays, seed = case.arrays, case.info["weight_seed"]
     ours = {weights.torch_key(name, p.ndim): name for name, p in initial.items()}
@@ -219,7 +137,7 @@ def check_probes(case: Case, initial: dict[str, np.ndarray], state: TrainState) 
             return np.sum(tensor * recipe.randn(f"probe.{key}", tensor.shape, seed))
 
         final = np.asarray(state.params["unet"][name])
-        moved = np.linalg.norm(final.astype(np.float64) - initial[name])
+        moved = np.linalg.norm(final.astype(np.float64) - np.asarray(initial[name]))
         assert abs(moved - delta) <= 1e-3 * delta + 1e-6, (key, moved, delta)
         tolerance = 2e-3 * delta + 1e-5
         assert abs(projected(final) - probe) <= tolerance, key
@@ -228,32 +146,103 @@ def check_probes(case: Case, initial: dict[str, np.ndarray], state: TrainState) 
     assert unmoved == np.sum(arrays["param_delta_norm"] == 0)
 
 
+def check_pipeline(path: Path, tmp_path: Path) -> None:
+    """A released folder: converted by the command, drawn by the command."""
+    info, arrays = json.loads(path.read_text()), dict(np.load(path.with_suffix(".npz")))
+    manifests = json.loads((path.parent / "manifest.json").read_text())
+    assert info["prefixes"] == PREFIXES
+    folder = tmp_path / "released"
+    write_folder(folder, path.parent / "checkpoint", manifests, info["weight_seed"])
+    convert_weights.main([str(folder), str(tmp_path / "checkpoint")])
+    stories = write_stories(tmp_path / "stories.jsonl", info, arrays.get("first_frames_uint8"))
+    np.save(tmp_path / "initial.npy", rearrange(arrays["latents"], "b c f h w -> b f h w c"))
+
+    generate.main(
+        ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")]
+        + ["--stories", str(tmp_path / "stories.jsonl")]
+        + ["--initial-latents", str(tmp_path / "initial.npy")]
+        + ["--save-latents", str(tmp_path / "final.npy"), *pipeline_options(info)]
+    )
+
+    pipeline = StoryPipeline.load(tmp_path / "checkpoint")
+    sentences = [s for story in read_jsonl(tmp_path / "stories.jsonl") for s in story.sentences]
+    ids = pipeline.tokenizer(sentences)
+    np.testing.assert_array_equal(ids, arrays["input_ids"])
+    some = ids[: len(arrays["text_embeddings"])]
+    text = jax.jit(pipeline.model.encode_text)(pipeline.params, jnp.asarray(some[None]))
+    assert_close(np.asarray(text[0]), arrays["text_embeddings"], MODULE_TOLERANCE)
+    sampling = SamplingConfig(steps=info["num_inference_steps"])
+    sampler = make_sampler(pipeline.model.config.scheduler, sampling)
+    np.testing.assert_array_equal(sampler.timesteps, arrays["timesteps"])
+    latents = rearrange(np.load(tmp_path / "final.npy"), "b f h w c -> b c f h w")
+    assert_close(latents, arrays["final_latents"], LATENTS_TOLERANCE)
+    pictures = np.array(
+        [
+            [np.asarray(Image.open(tmp_path / "out" / id / f"frame_{i}.png")) for i in range(f)]
+            for id, f in stories.items()
+        ]
+    )
+    off = np.abs(rearrange(pictures, "b f h w c -> b c f h w").astype(int) - arrays["pictures"])
+    assert off.max() <= 1
+    assert np.mean(off == 0) >= 0.999
+
+
+def write_stories(path: Path, info: dict, first_frames: np.ndarray | None) -> dict[str, int]:
+    """Write a case's stories as a user would; gives how many frames each id has."""
+    f, lines, frames = info["n_frames"], [], {}
+    for i in range(len(info["prompts"]) // f):
+        line = {"id": f"story_{i}", "sentences": info["prompts"][i * f : (i + 1) * f]}
+        if first_frames is not None:
+            line["first_frame"] = f"first_{i}.png"
+            Image.fromarray(first_frames[i]).save(path.parent / line["first_frame"])
+        lines.append(json.dumps(line))
+        frames[line["id"]] = f
+    path.write_text("\n".join(lines))
+    return frames
+
+
+def pipeline_options(info: dict) -> list[str]:
+    """What was run, as options of the command."""
+    values = {
+        "steps": info["num_inference_steps"],
+        "guidance-scale": info["guidance_scale_txt"],
+        "image-guidance-scale": info["guidance_scale_img"],
+        "guidance-rescale": info["guidance_rescale"],
+        "eta": info["eta"],
+        "height": info["height"],
+        "width": info["width"],
+    }
+    if info["frameinit"]:
+        low_pass = info["frameinit"]["filter_params"]
+        names = {"method": "", "n": "-order", "d_s": "-spatial", "d_t": "-temporal"}
+        values |= {f"frameinit{names[name]}": value for name, value in low_pass.items()}
+        values["frameinit-level"] = info["frameinit"]["noise_level"]
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
 CHECKS = {
-    "temporal_conv": check_module,
-    "temporal_transformer": check_module,
-    "storyline": check_storyline,
-    "storyflow": check_storyflow,
-    "unet": check_unet,
+    **dict.fromkeys(COMPARE, check_outputs),
     "train": check_train,
+    "pipeline": check_pipeline,
 }
 
 
-def test_case(case_path: Path) -> None:
+def test_case(case_path: Path, tmp_path: Path) -> None:
     kind = json.loads(case_path.read_text())["kind"]
     assert kind in CHECKS, (
         f"{case_path.name}: no check for cases of kind {kind!r}; known: {', '.join(CHECKS)}"
     )
-    CHECKS[kind](Case(case_path))
+    CHECKS[kind](case_path, tmp_path)
 
 
 def test_own_cases_are_there() -> None:
-    own = Path(__file__).parent / "cases"
-    kinds = {json.loads(path.read_text())["kind"] for path in own.glob("*.json")}
+    kinds = {json.loads(path.read_text())["kind"] for path in find_cases(OWN)}
     assert kinds == set(CHECKS), "pytest without cases would pass for nothing"
 
 
 def test_unknown_kind_fails(tmp_path: Path) -> None:
     case = tmp_path / "strange.json"
     case.write_text(json.dumps({"kind": "strange"}))
+    assert find_cases(tmp_path) == [case]
     with pytest.raises(AssertionError, match="no check for cases of kind 'strange'"):
-        test_case(case)
+        test_case(case, tmp_path)

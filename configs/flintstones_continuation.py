@@ -1,0 +1,19 @@
+r"""The published recipe on FlintstonesSV for continuation: a first picture and five sentences in.
+
+    python -m contextualstory_jax.train --config configs/flintstones_continuation.py \
+        --config.data.root=DIR --workdir run
+
+Source: the original's `configs/continuation/training_contextualstory_sc_flintstones.yaml`, which is
+the visualization recipe (see there for the rest) but for the first frame.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.flintstones_visualization import get_config as visualization
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = visualization()
+    config.model = {"unet": {"first_frame_condition_mode": "conv2d"}}
+    return config

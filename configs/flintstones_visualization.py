@@ -1,0 +1,22 @@
+r"""The published recipe on FlintstonesSV: five sentences in, five pictures out.
+
+    python -m contextualstory_jax.train --config configs/flintstones_visualization.py \
+        --config.data.root=DIR --workdir run
+
+Source: the original's `configs/visualization/training_contextualstory_sv_flintstones.yaml`, which
+is the PororoSV recipe (see there for the rest) for twice the steps without accumulation.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.pororo_visualization import get_config as pororo
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = pororo()
+    config.data.name = "flintstones"
+    config.steps = 80_000
+    config.batch_size = 6  # stories, one device's: train_batch_size
+    config.accumulation_steps = 1
+    return config
