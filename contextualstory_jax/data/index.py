@@ -88,14 +88,19 @@ class StorySource(ABC):
         Raises IndexError past the last story, `UserError` for a picture that cannot be read.
         """
         record = self.story(index)
-        draw = f"{self.seed}/{epoch}" if self.split == "train" else "fixed"
+        choices = self.choices(record.frame_ids, epoch)
         images = [
-            fit_square(self.picture(path, _hash(f"{draw}/{frame_id}")), self.size)
-            for path, frame_id in zip(record.paths, record.frame_ids, strict=True)
+            fit_square(self.picture(path, choice), self.size)
+            for path, choice in zip(record.paths, choices, strict=True)
         ]
         return Example(
             np.stack(images), record.sentences, record.frame_ids, record.story_id, record.labels
         )
+
+    def choices(self, frame_ids: Iterable[str], epoch: int = 0) -> list[int]:
+        """What `example` hands to `picture` for each frame: numbers below 2**64."""
+        draw = f"{self.seed}/{epoch}" if self.split == "train" else "fixed"
+        return [_hash(f"{draw}/{frame_id}") for frame_id in frame_ids]
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         return self.example(index)

@@ -2,46 +2,239 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import grain
 import numpy as np
+from absl import flags
+from jaxtyping import Bool, Int32, Integer, UInt8
 
-from contextualstory_jax.config import DataConfig
+from contextualstory_jax.config import DataConfig, require
 from contextualstory_jax.data.example import Example
+from contextualstory_jax.data.index import StorySource
+from contextualstory_jax.data.prepared import PreparedSource, is_prepared, require_settings
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
+from contextualstory_jax.data.sources import open_source
 
-__all__ = ["TOKENIZER_DIR", "batches", "test_stories", "training_source"]
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
+
+__all__ = [
+    "TOKENIZER_DIR",
+    "EvaluationBatch",
+    "WaitMeter",
+    "batches",
+    "evaluation_batches",
+    "open_stories",
+    "process_rows",
+    "read_batches",
+    "test_stories",
+    "training_source",
+]
+
+T = TypeVar("T")
+Source = StorySource | ShapesSource | Sequence[Example]
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+Read = Callable[[Sequence[tuple[int, int]]], dict[str, np.ndarray]]
 
 
-def training_source(config: DataConfig, size: int) -> ShapesSource:
-    """The training split, pictures of `size` x `size`."""
-    return ShapesSource(config.seed, "train", size)
+def open_stories(config: DataConfig, split: str, size: int) -> StorySource | ShapesSource:
+    """One split of the recipe's stories, pictures of `size` x `size`.
+
+    `config.root` may be a folder as published or as prepared. Raises `UserError` where it is
+    neither, does not have the split, or was prepared with other settings.
+    """
+    if config.name == "shapes":
+        return ShapesSource(config.seed, split, size)
+    require(
+        config.root is not None,
+        f"data.name = {config.name!r} needs data.root, the folder that holds the dataset as it "
+        "was published or prepared: add --config.data.root=DIR",
+    )
+    root = Path(config.root or "")
+    if is_prepared(root):
+        source = PreparedSource(root, split, size, seed=config.seed)
+        require_settings(source, config)
+        return source
+    return open_source(
+        config.name,
+        root,
+        split,
+        size,
+        policy=config.split_policy,
+        captions=config.captions,
+        seed=config.seed,
+    )
+
+
+def training_source(config: DataConfig, size: int) -> StorySource | ShapesSource:
+    """The training split; raises as `open_stories` does."""
+    return open_stories(config, "train", size)
 
 
 def test_stories(config: DataConfig, size: int, count: int) -> list[Example]:
-    """The first `count` stories of the test split."""
-    source = ShapesSource(config.seed, "test", size)
-    return [source[i] for i in range(count)]
+    """The first stories of the test split, `count` where it has as many.
+
+    Raises as `open_stories` does.
+    """
+    source = open_stories(config, "test", size)
+    return [source[i] for i in range(min(count, len(source)))]
 
 
 def batches(
-    source: Sequence[Example] | ShapesSource,
-    tokenize: Callable[[Sequence[str]], np.ndarray],
+    source: Source,
+    tokenize: Tokenize,
     batch_size: int,
     seed: int,
     first_step: int = 0,
+    *,
+    rows: Sequence[int] | None = None,
+    workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches from step `first_step` on.
+    """Endless batches of `images`, uint8 (b, 5, h, w, 3), and `ids`, int32 (b, 5, l).
 
-    Each has `images`, uint8 (b, 5, h, w, 3), and `ids`, int32 (b, 5, l). Batch s is the same
-    whatever step the iterator started at, so that resuming needs no iterator state.
+    In the order of `read_batches`, where the arguments are explained.
     """
+    read = _ReadPictures(source, tokenize)
+    return read_batches(read, len(source), batch_size, seed, first_step, rows=rows, workers=workers)
 
-    def arrays(example: Example) -> dict[str, np.ndarray]:
-        return {"images": example.images, "ids": tokenize(example.sentences)}
 
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).map(arrays)
-    dataset = dataset.batch(batch_size, drop_remainder=True)[first_step:]
+def read_batches(
+    read: Read,
+    count: int,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    *,
+    rows: Sequence[int] | None = None,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches of `count` stories in random order, anew each epoch, from a step on.
+
+    Batch s is the same whatever step the iterator started at, so that resuming needs no iterator
+    state, and whatever the number of processes. Args: `read`, makes arrays of (index, epoch) pairs,
+    one a row; `rows` of each batch to read, by default all: those of one host (`process_rows`);
+    `workers`, processes that read (0: a thread of this one), to which `read` is pickled.
+    """
+    of_step = _ReadStep(read, count, tuple(range(batch_size) if rows is None else rows))
+    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
+    steps = order.batch(batch_size, drop_remainder=True).map_with_index(of_step)[first_step:]
     # One thread: drawing and tokenising are Python, and the accelerator has the other cores.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1 if workers else 4)
+    dataset = steps.to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads its own, and commands here have none
+        dataset = dataset.mp_prefetch(
+            grain.multiprocessing.MultiprocessingOptions(
+                num_workers=workers, per_worker_buffer_size=2
+            )
+        )
+    return iter(dataset)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadStep:
+    """Some rows of the batch of a step."""
+
+    read: Read
+    count: int
+    rows: tuple[int, ...]
+
+    def __call__(self, step: int, numbers: Integer[np.ndarray, "n"]) -> dict[str, np.ndarray]:
+        first = step * len(numbers)
+        return self.read([(int(numbers[row]), (first + row) // self.count) for row in self.rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadPictures:
+    source: Source
+    tokenize: Tokenize
+
+    def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        examples = [
+            self.source.example(index, epoch)
+            if isinstance(self.source, StorySource)
+            else self.source[index]
+            for index, epoch in places
+        ]
+        return _arrays(examples, self.tokenize)
+
+
+def _arrays(examples: Sequence[Example], tokenize: Tokenize) -> dict[str, np.ndarray]:
+    return {
+        "images": np.stack([example.images for example in examples]),
+        "ids": np.stack([tokenize(example.sentences) for example in examples]),
+    }
+
+
+def process_rows(sharding: Sharding, batch_size: int) -> list[int]:
+    """The rows of a batch, sharded along its first axis, that this process's devices hold."""
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for index in indices if index for row in range(batch_size)[index[0]]})
+
+
+class EvaluationBatch(NamedTuple):
+    """Some stories, in arrays that repeat the last one until they have a whole batch's shape."""
+
+    stories: list[Example]  # without the repeated
+    images: UInt8[np.ndarray, "b 5 h w 3"]
+    ids: Int32[np.ndarray, "b 5 l"]
+    mask: Bool[np.ndarray, "b"]  # False for the repeated
+
+
+def evaluation_batches(
+    source: Source,
+    tokenize: Tokenize,
+    batch_size: int,
+    *,
+    first: int = 0,
+    count: int | None = None,
+    rows: Sequence[int] | None = None,
+) -> Iterator[EvaluationBatch]:
+    """Each of `count` stories from number `first` on, by default all, once and in order.
+
+    Every process has equally many batches, of `rows` of each (by default all); a process may find
+    no story in its rows of the last one.
+    """
+    chosen = tuple(range(batch_size) if rows is None else rows)
+    end = len(source) if count is None else min(first + count, len(source))
+
+    def load(number: int) -> EvaluationBatch:
+        wanted = [first + number * batch_size + row for row in chosen]
+        stories = [source[i] for i in wanted if i < end]
+        padded = stories or [source[end - 1]]
+        padded = padded + padded[-1:] * (len(chosen) - len(padded))
+        mask = np.array([i < end for i in wanted])
+        return EvaluationBatch(stories, mask=mask, **_arrays(padded, tokenize))
+
+    dataset = grain.MapDataset.range(math.ceil((end - first) / batch_size)).map(load)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+class WaitMeter(Generic[T]):
+    """An iterator that tells how long it was waited for."""
+
+    def __init__(self, iterator: Iterator[T]):
+        self._iterator = iterator
+        self._seconds = 0.0
+
+    def __iter__(self) -> WaitMeter[T]:
+        return self
+
+    def __next__(self) -> T:
+        began = time.monotonic()
+        try:
+            return next(self._iterator)
+        finally:
+            self._seconds += time.monotonic() - began
+
+    def take(self) -> float:
+        """Seconds that were waited since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

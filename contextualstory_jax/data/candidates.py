@@ -1,0 +1,46 @@
+"""All pictures that a frame can show, where a source's `picture` takes one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from contextualstory_jax.data.flintstones import FlintstonesSource
+from contextualstory_jax.data.index import StorySource
+from contextualstory_jax.data.pictures import naming, read_from_array, read_picture
+from contextualstory_jax.data.pororo import PororoSource
+from contextualstory_jax.data.prepared import PreparedSource
+
+
+def candidates(source: StorySource) -> Callable[[Path], list[Image.Image]]:
+    """The function that reads all pictures of a file: that number n is `picture(path, n)`."""
+    if isinstance(source, PreparedSource):
+        return source.pictures
+    if isinstance(source, FlintstonesSource):
+        return read_array
+    if isinstance(source, PororoSource) and source.captions == "original":
+        return read_strip
+    return read_one
+
+
+def read_one(path: Path) -> list[Image.Image]:
+    """The picture in a file. Raises `UserError` where it is missing or broken."""
+    return [read_picture(path)]
+
+
+def read_strip(path: Path) -> list[Image.Image]:
+    """The squares of a column, as `read_from_strip` chooses among them; raises as it does."""
+    with naming(path), Image.open(path) as image:
+        whole, side = image.convert("RGB"), min(image.size)
+        tops = range(0, max(image.height // side, 1) * side, side)
+        return [whole.crop((0, top, side, top + side)) for top in tops]
+
+
+def read_array(path: Path) -> list[Image.Image]:
+    """The pictures in a `.npy` file, as `read_from_array` chooses among them; raises as it does."""
+    first = read_from_array(path, 0)
+    count = len(np.lib.format.open_memmap(path, mode="r"))
+    return [first, *(read_from_array(path, number) for number in range(1, count))]

@@ -1,0 +1,116 @@
+"""Check a dataset on disk, and write it in shards that training reads fast.
+
+    python scripts/prepare_dataset.py pororo --source pororo_png --out pororo_256
+
+A run that was stopped goes on where it was when it is started again. Needs the extra [data].
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.config import DataConfig, require
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Raises `UserError` for bad input, and for stories that are broken."""
+    arguments = parse(argv)
+    from tqdm import tqdm
+
+    from contextualstory_jax.data.preparation import prepare
+
+    config = DataConfig(
+        name=arguments.dataset,
+        root=str(arguments.source),
+        split_policy=arguments.split_policy,
+        captions=arguments.captions,
+    )
+    count = None if arguments.tokenizer is None else token_counter(arguments.tokenizer)
+    with tqdm(unit="file", dynamic_ncols=True, delay=0.5) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = prepare(
+            config,
+            arguments.out,
+            arguments.size,
+            token_count=count,
+            skip_broken=arguments.skip_broken,
+            workers=arguments.workers,
+            progress=show,
+        )
+    print(report)
+    require(
+        report.complete,
+        f"{len(report.findings)} problems, listed above; mend them, or give --skip-broken, and "
+        "run again: what is done is kept",
+    )
+    print(f"{arguments.out} is ready: train with --config.data.root={arguments.out}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments."""
+    parser = ArgumentParser(
+        description="Check a dataset on disk and write it in shards that training reads fast.",
+        epilog="Started again after it was stopped, it goes on.",
+    )
+    parser.add_argument("dataset", choices=("pororo", "flintstones", "folder"))
+    parser.add_argument(
+        "--source", required=True, type=Path, metavar="DIR", help="the dataset as published"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="a new folder for the shards"
+    )
+    parser.add_argument(
+        "--size", type=int, default=256, metavar="N", help="pixels a side of the pictures (256)"
+    )
+    parser.add_argument(
+        "--split-policy",
+        choices=("published", "strict"),
+        default="published",
+        help="strict: no frame in two splits (published)",
+    )
+    parser.add_argument(
+        "--captions",
+        choices=("blip2", "original"),
+        default="blip2",
+        help="of pororo: filtered by BLIP-2, with one picture a frame, or all (blip2)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="CLIP's, to count captions' tokens exactly; without it, only at least",
+    )
+    parser.add_argument(
+        "--skip-broken",
+        action="store_true",
+        help="leave out stories without all their pictures, or with an id there was before",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes (%(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def token_counter(folder: Path) -> Callable[[str], int]:
+    """Counts the tokens of a caption, those around it included, by the tokenizer in a folder."""
+    from contextualstory_jax.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(folder, 1024)  # longer than any caption
+    end = tokenizer([""])[0, 1]
+    return lambda caption: int((tokenizer([caption])[0] == end).argmax()) + 1
+
+
+if __name__ == "__main__":
+    run(main)
