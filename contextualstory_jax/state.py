@@ -23,6 +23,7 @@ from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.model import Parts, StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
+from contextualstory_jax.models.vae import Moments
 
 
 @no_type_check  # of arrays here; JAX makes others, of shapes and of shardings
@@ -45,6 +46,13 @@ class Batch(NamedTuple):
 
     images: UInt8[Array, "b f h w 3"]
     ids: Int[Array, "b f l"]  # token ids of the sentences
+
+
+class Encoded(NamedTuple):
+    """Stories on the device, as the codec and the text tower have encoded them."""
+
+    moments: Moments  # of the latents, b f p q c
+    text: Float[Array, "b f l d"]
 
 
 class Draws(NamedTuple):
@@ -140,18 +148,22 @@ def init_state(params: Parts, config: TrainConfig) -> TrainState:
     )
 
 
-def draw(
-    model: StoryModel,
-    params: Parts,
-    images: UInt8[Array, "b f h w 3"],
-    keys: Key[Array, " b"],
-    config: TrainConfig,
-) -> Draws:
+def encode(
+    model: StoryModel, params: Parts, batch: Batch, null_ids: Int[Array, " l"]
+) -> tuple[Encoded, Float[Array, "l d"]]:
+    """A batch, and the empty sentence, through the codec and the text tower."""
+    ids = jnp.concatenate([batch.ids.reshape(-1, batch.ids.shape[-1]), null_ids[None]])
+    text = model.encode_text(params, ids[None])[0]
+    moments = model.picture_moments(params, batch.images)
+    return Encoded(moments, text[:-1].reshape(*batch.ids.shape, -1)), text[-1]
+
+
+def draw(model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: TrainConfig) -> Draws:
     """Latents, noise, timesteps and drops of a batch, with one key a story."""
     latent_keys, noise_keys, time_keys, text_keys, frame_keys = jax.vmap(
         lambda key: jax.random.split(key, 5), out_axes=1
     )(keys)
-    latents = model.encode_pictures(params, images, latent_keys)
+    latents = model.sample(moments, latent_keys)
     _, f, p, q, c = latents.shape
     return Draws(
         latents=latents,
@@ -208,22 +220,27 @@ def update(
 
 
 def make_train_step(
-    model: StoryModel, config: TrainConfig, null_ids: Int[Array, " l"]
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The step that `jax.jit` compiles, for batches of `config.batch_size` stories."""
+    model: StoryModel, config: TrainConfig, null: Int[Array, " l"] | Float[Array, "l d"]
+) -> Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, Array]]]:
+    """The step that `jax.jit` compiles, for batches of `config.batch_size` stories.
+
+    Args: `null`, the empty sentence: its token ids or, for batches that are encoded, its features.
+    """
     tx = optimizer(config.optimizer, config.steps)
     rate = learning_rate(config.optimizer, config.steps)
 
-    def micro_loss(trained: Parts, frozen: Parts, batch: Batch, keys: Key[Array, " b"]):
+    def micro_loss(trained: Parts, frozen: Parts, batch: Batch | Encoded, keys: Key[Array, " b"]):
         params = merge_parts(trained, frozen)
-        draws = draw(model, params, batch.images, keys, config)
-        ids = jnp.concatenate([batch.ids.reshape(-1, batch.ids.shape[-1]), null_ids[None]])
-        text = model.encode_text(params, ids[None])[0]
-        text, null_text = text[:-1].reshape(*batch.ids.shape, -1), text[-1][None, None]
-        value = loss(model, params, draws, text, null_text, config.snr_gamma)
+        encoded, null_text = (
+            encode(model, params, batch, null) if isinstance(batch, Batch) else (batch, null)
+        )
+        draws = draw(model, encoded.moments, keys, config)
+        value = loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
         return value, storyflow(draws.latents).sum(axis=0)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(
+        state: TrainState, batch: Batch | Encoded
+    ) -> tuple[TrainState, dict[str, Array]]:
         # Parity: the original clamps alpha in forward, outside the graph: the gradient is not cut.
         state = dataclasses.replace(state, params=clamp(state.params))
         step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -235,7 +252,7 @@ def make_train_step(
             (batch, keys),
         )
 
-        def gradient_of(micro: tuple[Batch, Array]):
+        def gradient_of(micro: tuple[Batch | Encoded, Array]):
             (value, motion), gradient = jax.value_and_grad(micro_loss, has_aux=True)(
                 state.params, state.frozen, *micro
             )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.cli import ArgumentParser, run, split_overrides
 from contextualstory_jax.config import TrainConfig
 from contextualstory_jax.recipes import load_recipe, train_config
 
@@ -57,9 +57,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="DIR",
         help="for checkpoints, logs and samples; made where it is not there",
     )
-    prefix = "--config."
-    arguments = parser.parse_args([a for a in argv if not a.startswith(prefix)])
-    return arguments, [a.removeprefix(prefix) for a in argv if a.startswith(prefix)]
+    argv, overrides = split_overrides(argv)
+    return parser.parse_args(argv), overrides
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -26,19 +26,44 @@ from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 from tqdm import tqdm
 
-from contextualstory_jax.checkpoint import Checkpoints, contents, write_model, write_text
+from contextualstory_jax.checkpoint import (
+    Checkpoints,
+    contents,
+    latest_step,
+    write_model,
+    write_text,
+)
 from contextualstory_jax.compilation import use_compilation_cache
 from contextualstory_jax.config import TrainConfig, require
-from contextualstory_jax.data.loader import TOKENIZER_DIR, batches, test_stories, training_source
+from contextualstory_jax.data.latents import EncodedStories
+from contextualstory_jax.data.loader import (
+    WaitMeter,
+    batches,
+    process_rows,
+    read_batches,
+    test_stories,
+    training_source,
+)
 from contextualstory_jax.errors import UserError
-from contextualstory_jax.model import StoryModel
+from contextualstory_jax.initial import initial_params, tokenizer_folder
+from contextualstory_jax.latents import open_latents, require_same_weights
+from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.pipeline import Story, StoryPipeline
 from contextualstory_jax.scalars import ScalarWriter
 from contextualstory_jax.sharding import BATCH, make_mesh, shardings
-from contextualstory_jax.state import Batch, TrainState, init_state, make_train_step, merge_parts
+from contextualstory_jax.state import (
+    Batch,
+    Encoded,
+    TrainState,
+    init_state,
+    make_train_step,
+    merge_parts,
+)
 from contextualstory_jax.tokenizer import Tokenizer
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, jax.Array]]]
+Flow = Callable[[TrainState], list[float]]  # the mean scene changes that sampling uses
 
 # Of each step; what is logged are the means of all steps since the last log.
 METRICS = ("loss", "grad_norm", "param_norm", "update_norm", "learning_rate")
@@ -59,22 +84,32 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
     use_compilation_cache()
     mesh = make_mesh(config.mesh)
     model = StoryModel(config.model, jnp.dtype(config.compute_dtype))
-    tokenizer = Tokenizer(TOKENIZER_DIR, config.model.text_encoder.max_position_embeddings)
+    files = tokenizer_folder(config, workdir)
+    tokenizer = Tokenizer(files, config.model.text_encoder.max_position_embeddings)
     check(config, mesh, tokenizer)
+    latents = open_latents(config, tokenizer) if config.data.latents else None
     abstract = abstract_state(model, config, mesh)
-    write_model(workdir, config.model, TOKENIZER_DIR)
+    # Before anything is written, because it may refuse.
+    params = initial_params(model, config) if latest_step(workdir) is None else None
+    if latents is not None and params is not None:
+        require_same_weights(latents.cache, params)
+    write_model(workdir, config.model, files)
     with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state = start_state(abstract, model, config, mesh, checkpoints)
+        state = start_state(abstract, params, config, mesh, checkpoints)
+        if latents is not None and params is None:
+            require_same_weights(latents.cache, state.frozen)
         describe(config, state, workdir)
-        step = compile_step(model, config, mesh, state, tokenizer)
-        data = device_batches(config, mesh, tokenizer, int(state.step))
+        step = compile_step(model, config, mesh, state, tokenizer, latents)
+        data = device_batches(config, mesh, tokenizer, int(state.step), latents)
+        flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
         with contextlib.closing(ScalarWriter(workdir, int(state.step))) as writer:
-            draw = functools.partial(draw_samples, model, config, tokenizer, workdir, writer)
-            return loop(state, step, data, config, checkpoints, writer, draw)
+            draw = functools.partial(draw_samples, model, config, tokenizer, workdir, writer, flow)
+            return loop(state, step, data, config, checkpoints, writer, flow, draw)
 
 
 def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
-    """Raise `UserError` where the recipe does not fit the devices or the tokenizer."""
+    """Raise `UserError` where the recipe fits no data, the devices or the tokenizer."""
+    training_source(config.data, config.model.height)
     parts = config.accumulation_steps * mesh.size
     require(
         config.batch_size % parts == 0,
@@ -104,15 +139,16 @@ def abstract_state(model: StoryModel, config: TrainConfig, mesh: Mesh) -> TrainS
 
 def start_state(
     abstract: TrainState,
-    model: StoryModel,
+    params: Parts | None,
     config: TrainConfig,
     mesh: Mesh,
     checkpoints: Checkpoints,
 ) -> TrainState:
-    """The state to go on from: 1. the workdir's own last checkpoint, 2. fresh parameters."""
-    if checkpoints.latest is not None:
-        return from_items(abstract, checkpoints.restore(checkpoints.latest, to_items(abstract)))
-    params = model.init(config.seed)
+    """The state to go on from: that before the first step, or the last checkpoint's."""
+    if params is None:
+        step = checkpoints.latest
+        assert step is not None, "without a checkpoint there are parameters to begin with"
+        return from_items(abstract, checkpoints.restore(step, to_items(abstract)))
     params = jax.device_put(params, shardings(params, mesh))
     placed = jax.tree.map(lambda s: s.sharding, abstract)
     return jax.jit(functools.partial(init_state, config=config), out_shardings=placed)(params)
@@ -165,12 +201,18 @@ def describe(config: TrainConfig, state: TrainState, workdir: Path) -> None:
 
 
 def compile_step(
-    model: StoryModel, config: TrainConfig, mesh: Mesh, state: TrainState, tokenizer: Tokenizer
+    model: StoryModel,
+    config: TrainConfig,
+    mesh: Mesh,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    latents: EncodedStories | None = None,
 ) -> Step:
     """The training step over the mesh: state donated and kept where it lies, metrics everywhere."""
     placed = jax.tree.map(lambda x: x.sharding, state)
+    null = tokenizer([""])[0] if latents is None else latents.cache.null_text
     return jax.jit(
-        make_train_step(model, config, jnp.asarray(tokenizer([""])[0])),
+        make_train_step(model, config, jnp.asarray(null)),
         donate_argnums=0,
         in_shardings=(placed, NamedSharding(mesh, BATCH)),
         out_shardings=(placed, None),
@@ -178,18 +220,30 @@ def compile_step(
 
 
 def device_batches(
-    config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer, first_step: int
-) -> Iterator[Batch]:
-    """Batches on the mesh, one for each step from `first_step` on."""
-    source = training_source(config.data, config.model.height)
+    config: TrainConfig,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    first_step: int,
+    latents: EncodedStories | None = None,
+) -> Iterator[Batch | Encoded]:
+    """Batches on the mesh, one for each step from `first_step` on; encoded ones from a cache."""
     sharding = NamedSharding(mesh, BATCH)
-    for arrays in batches(source, tokenizer, config.batch_size, config.seed, first_step):
-        yield Batch(
-            **{
-                name: jax.make_array_from_process_local_data(sharding, a)
-                for name, a in arrays.items()
-            }
-        )
+    order = config.batch_size, config.seed, first_step
+    rows, workers = process_rows(sharding, config.batch_size), config.data.workers
+    if latents is None:
+        source = training_source(config.data, config.model.height)
+        read = batches(source, tokenizer, *order, rows=rows, workers=workers)
+    else:
+        read = read_batches(latents.read, len(latents), *order, rows=rows, workers=workers)
+    for arrays in read:
+        arrays = {
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in arrays.items()
+        }
+        if latents is None:
+            yield Batch(**arrays)
+        else:
+            yield Encoded(Moments(arrays["mean"], arrays["logvar"]), arrays["text"])
 
 
 def draw_samples(
@@ -198,13 +252,14 @@ def draw_samples(
     tokenizer: Tokenizer,
     workdir: Path,
     writer: ScalarWriter,
+    flow: Flow,
     state: TrainState,
 ) -> None:
     """Draw held-out stories with the EMA weights; one row a story, the originals above."""
     stories = test_stories(config.data, config.model.height, config.sample_stories)
     step, continuation = int(state.step), model.config.unet.is_continuation
     params = merge_parts(state.ema_params, state.frozen)
-    pipeline = StoryPipeline(model, params, tokenizer, storyflow_mean(state).tolist())
+    pipeline = StoryPipeline(model, params, tokenizer, flow(state))
     pictures = pipeline.draw(
         [Story(s.sentences, s.story_id, s.images[0] if continuation else None) for s in stories]
     ).pictures
@@ -220,30 +275,32 @@ def draw_samples(
     writer.picture(step, "samples", picture)
 
 
-def storyflow_mean(state: TrainState) -> np.ndarray:
+def storyflow_mean(state: TrainState) -> list[float]:
     """The mean scene changes of all stories trained on; zeros before the first."""
-    return np.asarray(state.storyflow_sum / jnp.maximum(state.stories, 1))
+    return np.asarray(state.storyflow_sum / jnp.maximum(state.stories, 1)).tolist()
 
 
-def save(checkpoints: Checkpoints, state: TrainState) -> None:
+def save(checkpoints: Checkpoints, flow: Flow, state: TrainState) -> None:
     """Write a checkpoint in the background."""
     step, items = int(state.step), to_items(state)
     named = {name: items[name] for name in ("params", "ema_params", "frozen")}
-    meta = {"step": step, "storyflow": storyflow_mean(state).tolist(), "items": contents(named)}
+    meta = {"step": step, "storyflow": flow(state), "items": contents(named)}
     checkpoints.save(step, items, meta)
 
 
 def loop(
     state: TrainState,
     train_step: Step,
-    data: Iterator[Batch],
+    data: Iterator[Batch | Encoded],
     config: TrainConfig,
     checkpoints: Checkpoints,
     writer: ScalarWriter,
+    flow: Flow,
     draw: Callable[[TrainState], None],
 ) -> TrainState:
     """Step until `config.steps` or `config.max_minutes`; log, save and draw on the way."""
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
+    data = WaitMeter(data)
     with contextlib.closing(Progress(config, writer, int(state.step))) as progress:
         for number in range(int(state.step) + 1, config.steps + 1):
             state, values = train_step(state, next(data))
@@ -255,9 +312,9 @@ def loop(
             if saves or number % config.log_every == 0:
                 require_finite(unchecked, checkpoints.latest)
                 unchecked.clear()
-                progress.log(number, aloud=saves)
+                progress.log(number, data.take(), aloud=saves)
             if saves:
-                save(checkpoints, state)
+                save(checkpoints, flow, state)
             if last or number % config.sample_every == 0:
                 with progress.paused():
                     draw(state)
@@ -302,12 +359,16 @@ class Progress:
         """Whether `config.max_minutes` are over."""
         return self._seconds_left() <= 0
 
-    def log(self, number: int, aloud: bool) -> None:
-        """Write the means, and print them if `aloud`; begin anew."""
+    def log(self, number: int, waited: float, aloud: bool) -> None:
+        """Write the means, and print them if `aloud`; begin anew.
+
+        Args: `waited`, seconds that steps waited for their stories since the last log.
+        """
         now, (logged_time, logged_number) = time.monotonic(), self._logged
         steps_per_second = (number - logged_number) / max(now - logged_time, 1e-9)
         values = {name: float(value) for name, value in self._means.compute().items()}
         values["stories_per_second"] = steps_per_second * self._config.batch_size
+        values["data_wait"] = waited / max(number - logged_number, 1)  # seconds a step
         self._writer.write(number, values)
         if self._config.max_minutes is not None:  # so that the time left that the bar shows is true
             steps_left = int(max(self._seconds_left(), 0) * steps_per_second)

@@ -18,11 +18,13 @@ from contextualstory_jax.config import ModelConfig, OptimizerConfig, TrainConfig
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
+from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.state import (
     Batch,
     Draws,
     TrainState,
     ema_decay,
+    encode,
     init_state,
     learning_rate,
     loss,
@@ -36,8 +38,9 @@ NULL_IDS = jnp.array([0])
 class LinearModel(StoryModel):
     """Predicts alpha * (noisy latents + first frame) + bias + text; latents are the pictures."""
 
-    def encode_pictures(self, params, pictures, keys):
-        return pictures.astype(jnp.float32) / 255
+    def picture_moments(self, params, pictures):
+        latents = pictures.astype(jnp.float32) / 255
+        return Moments(latents, jnp.full_like(latents, -jnp.inf))
 
     def encode_text(self, params, ids):
         return params["text_encoder"]["embedding"][ids]
@@ -189,6 +192,23 @@ def test_storyflows_mean_is_of_all_stories_seen(model, recipe):
     flows = np.sqrt((np.diff(pictures, axis=1) ** 2).sum(axis=(2, 3, 4)))
     assert states[-1].stories == 12
     np.testing.assert_allclose(states[-1].storyflow_sum / 12, flows.mean(axis=0), rtol=1e-6)
+
+
+def test_a_step_on_encoded_stories_is_that_on_the_stories(model, recipe):
+    config = dataclasses.replace(recipe, trainable=(r"unet\..*",), text_drop=0.5)
+    batch, params = stories(0), parameters()
+    encoded, null_text = encode(model, params, batch, NULL_IDS)
+
+    state, metrics = jax.jit(make_train_step(model, config, NULL_IDS))(
+        init_state(params, config), batch
+    )
+    ours, our_metrics = jax.jit(make_train_step(model, config, null_text))(
+        init_state(params, config), encoded
+    )
+
+    assert metrics == our_metrics
+    for a, b in zip(*map(jax.tree.leaves, (ours, state)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -1,0 +1,51 @@
+"""Encode a recipe's training split once, for `train --config.data.latents=DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from contextualstory_jax.cli import ArgumentParser, run, split_overrides
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's arguments, and its overrides `key=value`."""
+    parser = ArgumentParser(
+        usage="%(prog)s --config FILE.py --checkpoint DIR --out DIR [--config.key=value ...]",
+        description="Keep what the codec and the text tower make of a recipe's training stories, "
+        "and the mean of their StoryFlow values, so that training need not compute it at every "
+        "step: train --config FILE.py --config.data.latents=DIR",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE.py", help="the recipe that is to be trained")
+    add(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the folder whose codec and text tower encode: that which training starts from "
+        "(init_from), or its workdir",
+    )
+    add("--out", required=True, type=Path, metavar="DIR", help="a folder that is not there")
+    argv, overrides = split_overrides(argv)
+    return parser.parse_args(argv), overrides
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Raises `UserError` for bad input; nothing is then left behind."""
+    arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+    # JAX takes seconds to import, and --help need not wait for it.
+    from contextualstory_jax.compilation import use_compilation_cache
+    from contextualstory_jax.latents import cache_latents
+    from contextualstory_jax.recipes import load_recipe
+
+    config = load_recipe(arguments.config, overrides)
+    use_compilation_cache()
+    print(cache_latents(config, arguments.checkpoint, arguments.out))
+
+
+if __name__ == "__main__":
+    run(main)
