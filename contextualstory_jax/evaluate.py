@@ -1,26 +1,36 @@
 """`python -m contextualstory_jax.evaluate --out DIR`: draws the test split, measures the pictures.
 
-From Python: `contextualstory_jax.evaluation.evaluate`.
+Where JAX runs in several processes, each draws a part, and the first writes what is about all.
+From Python: `contextualstory_jax.evaluation.evaluate` for a few stories.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.cli import ArgumentParser, run, split_overrides
 from contextualstory_jax.config import DataConfig, require
 from contextualstory_jax.recipes import load_recipe
 
+if TYPE_CHECKING:
+    from contextualstory_jax.pipeline import StoryPipeline
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Raises `UserError` for bad input."""
+SHAPES_STORIES = 64  # of those there is no end
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, DataConfig]:
+    """The command's arguments, and the data to test on. Raises `UserError` for wrong ones."""
     parser = ArgumentParser(
         prog="python -m contextualstory_jax.evaluate",
-        description="Draw stories of the test split; write the pictures and metrics.json, with the "
-        "drawn originals as upper and the untrained model as lower bound.",
+        description="Draw stories of the test split: OUT/index.html shows them beside the "
+        "originals, OUT/frames.jsonl lists the pictures. Of the embedded stories OUT/metrics.json "
+        "says how right they are, with the originals as upper and the untrained model as lower "
+        "bound. The same command goes on where it was stopped.",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write")
     parser.add_argument(
@@ -29,23 +39,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="recipe whose data to test on, --config.data.key=value included",
     )
     parser.add_argument("--checkpoint", metavar="DIR", help="instead of the model that ships")
-    parser.add_argument("--stories", type=int, default=64, metavar="N", help="how many (64)")
+    parser.add_argument(
+        "--stories",
+        type=int,
+        metavar="N",
+        help=f"the first N alone; default: all, of the embedded ones {SHAPES_STORIES}",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: ema where it is")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="stories (8)")
-    argv, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    argv, overrides = split_overrides(argv)
     arguments = parser.parse_args(argv)
-    require(arguments.stories >= 1, f"--stories must be at least 1; got {arguments.stories}")
+    require(
+        arguments.stories is None or arguments.stories >= 1,
+        f"--stories must be at least 1; got {arguments.stories}",
+    )
     require(not overrides or arguments.config is not None, "--config.key=value needs --config")
     data = load_recipe(arguments.config, overrides).data if arguments.config else DataConfig()
+    return arguments, data
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Raises `UserError` for bad input."""
+    arguments, data = parse(sys.argv[1:] if argv is None else argv)
 
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.
+    import jax
     from tqdm import tqdm
 
     from contextualstory_jax.compilation import use_compilation_cache
-    from contextualstory_jax.data.loader import test_stories
-    from contextualstory_jax.evaluation import evaluate, table, untrained, write_pictures
+    from contextualstory_jax.data.loader import open_stories
+    from contextualstory_jax.evaluation import require_readable, table, untrained
+    from contextualstory_jax.gallery import Gallery
+    from contextualstory_jax.gallery_pages import write_index
+    from contextualstory_jax.held_out import draw_split, measure_split, tell
     from contextualstory_jax.output import check_writable, write_json
     from contextualstory_jax.pipeline import SHIPPED, StoryPipeline
 
@@ -54,35 +82,79 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = arguments.checkpoint or SHIPPED
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
     config = pipeline.model.config
-    stories = test_stories(data, config.height, arguments.stories)
-    models = {"model": pipeline, "untrained": untrained(pipeline)}
+    models, rows = {"frame": pipeline}, {"original": "original", "drawn": "frame"}
+    measured = data.name == "shapes"  # whose pictures can be read
+    if measured:
+        require_readable(config.height, config.width)
+        models["untrained"], rows["untrained"] = untrained(pipeline), "untrained"
+
+    source = open_stories(data, "test", config.height)
+    count = arguments.stories or (SHAPES_STORIES if data.name == "shapes" else len(source))
+    require(
+        count <= len(source),
+        f"the test split has {len(source)} stories; --stories {count} are more",
+    )
+    stories = [tell(source, number) for number in range(count)]
+    settings = describe(arguments, data, pipeline, count, measured)
+    gallery = Gallery(arguments.out, settings)
+    gallery.check()
+    first = jax.process_index() == 0
     with tqdm(
-        total=len(models) * len(stories),
+        total=len(stories[jax.process_index() :: jax.process_count()]),
         unit="story",
         dynamic_ncols=True,
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
+        disable=not first,
     ) as bar:
-        results = evaluate(
+        draw_split(
             models,
+            source,
             stories,
+            gallery,
             seed=arguments.seed,
             batch_size=arguments.batch_size,
             progress=bar.update,
         )
-    write_pictures(arguments.out, stories, results["model"].pictures, arguments.seed)
-    settings = {
+    if not first:
+        return
+    gallery.write_settings()
+    if measured:
+        given = int(config.unet.is_continuation)
+        metrics = measure_split(source, stories, gallery, given)
+        write_json(arguments.out / "metrics.json", {"settings": settings, **metrics})
+        print(table(metrics) + "\n")
+    write_index(gallery, f"{data.name}: {settings['task']}", stories, rows)
+    print(f"{count} {'story' if count == 1 else 'stories'} in {arguments.out / 'index.html'}")
+
+
+def describe(
+    arguments: argparse.Namespace,
+    data: DataConfig,
+    pipeline: StoryPipeline,
+    stories: int,
+    measured: bool,
+) -> dict[str, Any]:
+    """What the pictures follow from, how many there are, and which metrics."""
+    from contextualstory_jax.held_out import digest
+    from contextualstory_jax.metrics.characters import METRICS
+
+    config = pipeline.model.config
+    return {
         "checkpoint": str(arguments.checkpoint or "shipped"),
+        "step": pipeline.step,
         "weights": pipeline.weights,
         "dtype": arguments.dtype,
+        "task": "continuation" if config.unet.is_continuation else "visualization",
         "data": dataclasses.asdict(data),
-        "stories": len(stories),
+        "stories": stories,
         "seed": arguments.seed,
+        "height": config.height,
+        "width": config.width,
         "sampling": dataclasses.asdict(config.sampling),
+        "weights_sha256": digest(pipeline.params),
+        "storyflow": pipeline.storyflow.tolist(),
+        "metrics": list(METRICS) if measured else [],
     }
-    metrics = {name: result.metrics for name, result in results.items()}
-    write_json(arguments.out / "metrics.json", {"settings": settings, **metrics})
-    print(table(results))
-    print(f"\npictures and metrics.json are in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from contextualstory_jax.config import require
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.shapes_reader import read_frames
 from contextualstory_jax.metrics.characters import METRICS, CharacterMetrics, Outcome
-from contextualstory_jax.output import whole, write_story
 from contextualstory_jax.pipeline import Story, StoryPipeline
 
 SMALLEST = 32  # pixels a side that the reader of frames can tell characters by
@@ -77,38 +74,50 @@ def measure(
 
     Raises `UserError` for pictures that the reader of frames is not made for.
     """
-    height, width = pictures.shape[2:4]
+    require_readable(*pictures.shape[2:4])
+    metrics = CharacterMetrics()
+    for story, frames in zip(stories, pictures, strict=True):
+        metrics.update(outcomes(story, frames, first_frame))
+    return metrics.compute()
+
+
+def require_readable(height: int, width: int) -> None:
+    """Raise `UserError` for pictures that the reader of frames is not made for."""
     require(
         height == width >= SMALLEST,
         f"characters are read from square pictures of {SMALLEST} pixels or more a side; "
         f"these have {height} x {width}: evaluate a model that draws such",
     )
-    metrics = CharacterMetrics()
-    for story, frames in zip(stories, pictures, strict=True):
-        readings = read_frames(frames[first_frame:])
-        labels = (story.labels or ())[first_frame:]
-        metrics.update(
-            Outcome(
-                story=story.story_id,
-                shown=reading.characters,
-                characters=label.characters,
-                shown_scene=reading.scene,
-                scene=label.scene,
-                needs_context=bool(label.needs_context),
-            )
-            for reading, label in zip(readings, labels, strict=True)
+
+
+def outcomes(
+    story: Example, pictures: UInt8[np.ndarray, "f h w 3"], first_frame: int = 0
+) -> Iterator[Outcome]:
+    """What each frame shows beside what it should, from frame number `first_frame` on."""
+    readings = read_frames(pictures[first_frame:])
+    labels = (story.labels or ())[first_frame:]
+    for reading, label in zip(readings, labels, strict=True):
+        yield Outcome(
+            story=story.story_id,
+            shown=reading.characters,
+            characters=label.characters,
+            shown_scene=reading.scene,
+            scene=label.scene,
+            needs_context=bool(label.needs_context),
         )
-    return metrics.compute()
 
 
-def table(results: Mapping[str, Result]) -> str:
-    """The metrics as text, with their 95 % intervals: one block a subset, one column a result."""
+def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics as text, with their 95 % intervals: one block a subset, one column what is measured.
+
+    Args: `metrics`, what `measure` says, by name.
+    """
     blocks = []
     for subset, title in SUBSET_TITLES.items():
-        frames = next(iter(results.values())).metrics[subset]["frames"]
-        rows = [[f"{title} ({frames})", *results]]
+        frames = next(iter(metrics.values()))[subset]["frames"]
+        rows = [[f"{title} ({frames})", *metrics]]
         for metric in METRICS:
-            cells = [in_words(result.metrics[subset][metric]) for result in results.values()]
+            cells = [in_words(values[subset][metric]) for values in metrics.values()]
             rows.append([metric.replace("_", " "), *cells])
         lines = [f"{row[0]:38}" + "".join(f"  {cell:>18}" for cell in row[1:]) for row in rows]
         blocks.append("\n".join(lines))
@@ -120,18 +129,3 @@ def in_words(metric: Mapping[str, float | None]) -> str:
     if metric["value"] is None:
         return "-"
     return "{value:.3f} [{low:.2f}, {high:.2f}]".format(**metric)
-
-
-def write_pictures(
-    folder: Path, stories: Sequence[Example], pictures: UInt8[np.ndarray, "b f h w 3"], seed: int
-) -> None:
-    """Write a folder a story: what `write_story` makes of the pictures, and `original_0.png` etc.
-
-    Raises `UserError` where it cannot be written.
-    """
-    for story, drawn in zip(stories, pictures, strict=True):
-        write_story(folder / story.story_id, drawn, story.sentences, seed)
-        with whole(folder / story.story_id) as temporary:
-            temporary.mkdir()
-            for i, original in enumerate(story.images):
-                Image.fromarray(original).save(temporary / f"original_{i}.png")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,9 +25,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices. Raises `UserError` where the axes do not make up their number."""
-    devices = jax.device_count()
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over some devices, by default over all of all processes.
+
+    Raises `UserError` where the axes do not make up their number.
+    """
+    chosen = jax.devices() if devices is None else devices
+    count = len(chosen)
     axes = {"data": config.data, "fsdp": config.fsdp}
     fixed = math.prod(size for size in axes.values() if size != -1)
     free = [name for name, size in axes.items() if size == -1]
@@ -35,13 +40,18 @@ def make_mesh(config: MeshConfig) -> Mesh:
         f"mesh: axes must be at least 1, at most one of them -1; got {axes}",
     )
     require(
-        devices % fixed == 0 if free else devices == fixed,
-        f"mesh: {axes} does not make up the {devices} devices there are",
+        count % fixed == 0 if free else count == fixed,
+        f"mesh: {axes} does not make up the {count} devices there are",
     )
     for name in free:
-        axes[name] = devices // fixed
-    # Explicit axes are make_mesh's default in this JAX; ours are for the compiler to propagate.
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+        axes[name] = count // fixed
+    return jax.make_mesh(
+        tuple(axes.values()),
+        tuple(axes),
+        # Explicit axes are make_mesh's default in this JAX; ours are for the compiler to propagate.
+        axis_types=(AxisType.Auto,) * len(axes),
+        devices=chosen,
+    )
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -21,51 +21,7 @@ from contextualstory_jax.data.example import Example
 from contextualstory_jax.evaluation import SUBSET_TITLES, Result
 from contextualstory_jax.metrics.characters import METRICS
 from contextualstory_jax.output import whole
-
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: light-dark(#fbfaf7, #17181b); --card: light-dark(#ffffff, #202226);
-  --ink: light-dark(#22242a, #e8e6e1); --faint: light-dark(#686b73, #a2a4ab);
-  --line: light-dark(#e2dfd7, #34373d); --accent: light-dark(#a8431f, #f0a27f);
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 68rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
-}
-h1, h2 { font-family: Georgia, "Times New Roman", serif; font-weight: 600; line-height: 1.2; }
-h1 { margin: 0 0 .5rem; font-size: 2.2rem; }
-h2 { margin: 3rem 0 .75rem; font-size: 1.5rem; }
-p { max-width: 46rem; }
-.faint { color: var(--faint); font-size: .875rem; }
-.card {
-  margin: 1rem 0; padding: 1.1rem 1.25rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: 12px; overflow-x: auto;
-}
-table { border-collapse: collapse; }
-th { font-weight: 600; text-align: left; }
-.story { width: 100%; min-width: 44rem; table-layout: fixed; }
-.story thead th:first-child { width: 8rem; }
-.story td, .story th { padding: .3rem .35rem; vertical-align: top; }
-.story thead td { font: italic .95rem/1.35 Georgia, "Times New Roman", serif; }
-.story thead .faint { font: .8rem/1.4 system-ui, sans-serif; }
-.story th { padding-left: 0; font-size: .875rem; }
-.story tbody th { vertical-align: middle; }
-.story img {
-  display: block; width: 100%; height: auto; border-radius: 8px; image-rendering: pixelated;
-}
-.metrics { width: 100%; min-width: 40rem; font-variant-numeric: tabular-nums; }
-.metrics th, .metrics td { padding: .35rem .75rem .35rem 0; border-top: 1px solid var(--line); }
-.metrics thead > tr > * { border-top: 0; vertical-align: bottom; }
-.metrics tbody:not(:first-of-type) tr:first-child th { padding-top: 1.5rem; }
-.metrics tbody th[scope=row] { font-weight: 400; }
-.metrics tbody th[scope=rowgroup] { border-top: 0; color: var(--accent); }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--faint); font-size: 12px; }
-svg line { stroke: var(--line); }
-svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
-"""
+from contextualstory_jax.pages import Picture, page, story_card
 
 
 def read_losses(path: Path) -> list[tuple[int, float]]:
@@ -93,19 +49,8 @@ def write_storybook(
         _story(story, {name: result.pictures[i] for name, result in results.items()})
         for i, story in enumerate(stories[:shown])
     )
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Storybook</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>Storybook</h1>
-<p>Five sentences in, five pictures that belong together out. None of these stories was trained on.
-{escape(about)}</p>
+    body = f"""<p>Five sentences in, five pictures that belong together out. None of these stories
+was trained on. {escape(about)}</p>
 <h2>Stories</h2>
 <p class="faint">Some sentences do not tell by themselves who is in the picture, or where; below
 them stands what the other sentences tell.</p>
@@ -118,50 +63,27 @@ them stands what the other sentences tell.</p>
 <h2>Training loss</h2>
 <div class="card">
 {_curve(losses)}
-</div>
-</body>
-</html>
-"""
+</div>"""
     with whole(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page("Storybook", body), encoding="utf-8")
 
 
 def _story(story: Example, pictures: Mapping[str, UInt8[np.ndarray, "f h w 3"]]) -> str:
     """One story: its sentences over a row of pictures from each source."""
-    sentences = []
-    for i, sentence in enumerate(story.sentences):
-        label = story.labels[i] if story.labels else None
-        hint = ""
-        if label and label.needs_context:
-            told = " and ".join(sorted(label.characters)) + f", {label.scene}"
-            hint = f'<div class="faint">{escape(told)}</div>'
-        sentences.append(f"<td>{escape(sentence)}{hint}</td>")
-    rows = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(
-            f"<td>{_picture(frame, sentence)}</td>"
-            for frame, sentence in zip(frames, story.sentences, strict=True)
-        )
-        + "</tr>"
-        for name, frames in pictures.items()
-    )
-    return f"""<div class="card"><table class="story">
-<thead><tr><th class="faint">{escape(story.story_id)}</th>{"".join(sentences)}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table></div>"""
+    hints = [""] * len(story.sentences)
+    for i, label in enumerate(story.labels or ()):
+        if label.needs_context:
+            hints[i] = " and ".join(sorted(label.characters)) + f", {label.scene}"
+    rows = {name: [_data(frame) for frame in frames] for name, frames in pictures.items()}
+    return story_card(escape(story.story_id), story.sentences, rows, hints)
 
 
-def _picture(frame: UInt8[np.ndarray, "h w 3"], sentence: str) -> str:
+def _data(frame: UInt8[np.ndarray, "h w 3"]) -> Picture:
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
     height, width = frame.shape[:2]
-    return (
-        f'<img src="data:image/png;base64,{data}" alt="{escape(sentence)}" '
-        f'width="{width}" height="{height}">'
-    )
+    return Picture(f"data:image/png;base64,{data}", width, height)
 
 
 def _metrics(results: Mapping[str, Result]) -> str:

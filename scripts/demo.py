@@ -89,7 +89,8 @@ def main() -> None:
         about=f"The model trained just now had {arguments.train_minutes:g} minutes, in which it "
         f"saw {int(state.stories):,} others.",
     )
-    print(f"\n{table(results)}\n\nThe storybook: {page.absolute().as_uri()}")
+    metrics = {row: result.metrics for row, result in results.items()}
+    print(f"\n{table(metrics)}\n\nThe storybook: {page.absolute().as_uri()}")
 
 
 if __name__ == "__main__":

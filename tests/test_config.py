@@ -271,7 +271,11 @@ UNFIT = [
     (OptimizerConfig, {"max_grad_norm": 0}, "optimizer.max_grad_norm must be positive; got 0.0"),
     (OptimizerConfig, {"warmup_steps": -1}, "optimizer.warmup_steps must be at least 0; got -1"),
     (OptimizerConfig, {"beta2": 1.5}, "optimizer.beta2 must be in [0, 1]; got 1.5"),
-    (OptimizerConfig, {"ema_decay": math.nan}, "optimizer.ema_decay must be finite, in [0, 1]; got nan"),
+    (
+        OptimizerConfig,
+        {"ema_decay": math.nan},
+        "optimizer.ema_decay must be finite, in [0, 1]; got nan",
+    ),
     (NoiseConfig, {"alpha": -1}, "noise.alpha must be at least 0; got -1.0"),
     (
         SchedulerConfig,

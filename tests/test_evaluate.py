@@ -68,12 +68,12 @@ def test_metrics_lie_between_the_originals_and_the_untrained_model(evaluated):
 
 
 def test_pictures_are_written_beside_the_originals(evaluated, stories):
-    for story in stories:
+    for number, story in enumerate(stories):
+        folder = evaluated[0] / "stories" / f"{number:05d}-{story.story_id}"
         for i, original in enumerate(story.images):
-            written = np.asarray(Image.open(evaluated[0] / story.story_id / f"original_{i}.png"))
-            assert np.array_equal(written, original)
-            drawn = Image.open(evaluated[0] / story.story_id / f"frame_{i}.png")
-            assert drawn.size == (32, 32)
+            assert np.array_equal(np.asarray(Image.open(folder / f"original_{i}.png")), original)
+            assert Image.open(folder / f"frame_{i}.png").size == (32, 32)
+            assert Image.open(folder / f"untrained_{i}.png").size == (32, 32)
 
 
 def test_the_table_is_printed(evaluated):

@@ -28,6 +28,7 @@ MIDDLE = {
     "export",
     "hub",
     "initial",
+    "latents",
     "released",
     "streaming",
     "tensor_files",
@@ -35,6 +36,10 @@ MIDDLE = {
     "recipes",
     "scalars",
     "evaluation",
+    "held_out",
+    "gallery",
+    "gallery_pages",
+    "pages",
     "storybook",
 }
 COMMANDS = {"train", "generate", "evaluate"}
