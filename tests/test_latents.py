@@ -34,6 +34,7 @@ from contextualstory_jax.trainer import train_and_evaluate
 from tests.conftest import write_untrained
 from tests.published_folders import write_flintstones, write_pororo
 
+ROOT = Path(__file__).parents[1]
 VAE = {"kind": "kl", "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
 LENGTH = 64  # tokens, so that sentences differ before they are cut
 
@@ -137,7 +138,7 @@ def test_the_storyflow_mean_is_that_of_drawn_latents_of_the_first_epoch(recipe, 
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(recipe.seed), i))(
         jnp.arange(len(stories))
     )
-    drawn = model.sample(latents.Moments(jnp.asarray(mean), jnp.asarray(logvar)), keys)
+    drawn = jax.jit(model.sample)(latents.Moments(jnp.asarray(mean), jnp.asarray(logvar)), keys)
 
     np.testing.assert_allclose(cache.storyflow, storyflow(drawn).mean(axis=0), rtol=1e-6)
     assert f"mean StoryFlow values {cache.storyflow[0]:.3g}, " in str(cache)
@@ -342,6 +343,37 @@ def test_a_disk_that_fills_up_is_named(recipe, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+WITHOUT_JAX = """
+import runpy, sys
+sys.modules["jax"] = None
+runpy.run_path("scripts/cache_latents.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, "--config FILE.py --checkpoint DIR --out DIR [--config.key=value ...]"),
+        (
+            ["--config", "a.py", "--out", "b"],
+            2,
+            "error: the following arguments are required: --ch",
+        ),
+    ],
+)
+def test_help_and_wrong_arguments_need_no_jax(arguments, status, said):
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_JAX, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+    assert result.returncode == status
+    assert said in result.stdout + result.stderr
+
+
 # -------------------------------------------------------------------------------- several devices
 
 PROCESS = """
@@ -376,7 +408,7 @@ def test_several_devices_and_processes_make_the_same_cache(
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(number), *arguments],
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": flags},
         )
         for number in range(processes)

@@ -196,7 +196,7 @@ def test_storyflows_mean_is_of_all_stories_seen(model, recipe):
 
 def test_a_step_on_encoded_stories_is_that_on_the_stories(model, recipe):
     config = dataclasses.replace(recipe, trainable=(r"unet\..*",), text_drop=0.5)
-    batch, params = stories(0), parameters()
+    batch, params = stories(0), jax.tree.map(jnp.asarray, parameters())
     encoded, null_text = encode(model, params, batch, NULL_IDS)
 
     state, metrics = jax.jit(make_train_step(model, config, NULL_IDS))(
@@ -206,9 +206,8 @@ def test_a_step_on_encoded_stories_is_that_on_the_stories(model, recipe):
         init_state(params, config), encoded
     )
 
-    assert metrics == our_metrics
-    for a, b in zip(*map(jax.tree.leaves, (ours, state)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for a, b in zip(*map(jax.tree.leaves, ((ours, our_metrics), (state, metrics))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
