@@ -126,7 +126,7 @@ def read_source(source: Path) -> Source:
             table = tensors.get("unet", {}).get("text_adapter.pos_embed")
             rows = table.shape[2] if table is not None and len(table.shape) == 4 else None
             config = released.read_config(folders, kind, rows)
-            shapes = StoryModel(config).shapes
+            shapes = parameter_shapes(config)
             for part, found in tensors.items():
                 matches[part] = match_tensors(found, shapes[PARTS[part]])
                 problems += misfits(part, found, matches[part], kind)
@@ -147,6 +147,12 @@ def read_source(source: Path) -> Source:
     return Source(folders, config, storyflow, shapes, files, tensors, matches, documents)
 
 
+@functools.lru_cache
+def parameter_shapes(config: ModelConfig) -> dict[str, dict]:
+    """Shape and dtype of every parameter, by part; kept, because making a model takes a second."""
+    return StoryModel(config).shapes
+
+
 def misfits(
     part: str, tensors: Mapping[str, Tensor], match: Match, kind: released.Kind
 ) -> list[str]:
@@ -165,47 +171,54 @@ def checkpoint_items(source: Source, dtype: Dtype, not_finite: list[str]) -> Ite
     """What the checkpoint will hold; tensors whose values turn out wrong go to `not_finite`."""
     items: Items = defaultdict(dict)
     for part, match in source.matches.items():
-        shapes = source.shapes[PARTS[part]]
-        found = {
-            key: checked(tensor, f"{part}: {key}: not finite", not_finite)
-            for key, tensor in source.tensors[part].items()
-        }
+        found, shapes = source.tensors[part], source.shapes[PARTS[part]]
         leaves = items[ITEMS[part]].setdefault(PARTS[part], {})
         for name, key in match.keys.items():
-            shape = shapes[name].shape
-            layout = functools.partial(from_torch, name, ndim=len(shape))
-            leaves[name] = changed(found[key], shape, dtype, layout)
-        if match.dead:
-            items["dead"][part] = {
-                key: changed(found[given], found[given].shape, dtype)
-                for key, given in match.dead.items()
-            }
+            leaves[name] = converted(
+                found[key],
+                shapes[name].shape,
+                dtype,
+                functools.partial(from_torch, name, ndim=len(shapes[name].shape)),
+                functools.partial(not_finite.append, f"{part}: {key}: not finite"),
+            )
+        for key, given in match.dead.items():
+            items["dead"].setdefault(part, {})[key] = converted(
+                found[given],
+                found[given].shape,
+                dtype,
+                lambda values: values,
+                functools.partial(not_finite.append, f"{part}: {given}: not finite"),
+            )
     return dict(items)
 
 
-def checked(tensor: Tensor, problem: str, problems: list[str]) -> Tensor:
-    """The tensor, which says so in `problems` when it is read and not finite."""
-
-    def read() -> np.ndarray:
-        values = tensor.read()
-        if not finite(values):
-            problems.append(problem)
-        return values
-
-    return dataclasses.replace(tensor, read=read)
-
-
-def changed(
+def converted(
     tensor: Tensor,
     shape: tuple[int, ...],
     dtype: Dtype,
-    layout: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+    layout: Callable[[np.ndarray], np.ndarray],
+    not_finite: Callable[[], None],
 ) -> Tensor:
-    """The tensor in another layout, of `shape`, and another dtype if it holds floats."""
+    """The tensor in another layout, of `shape`, and another dtype if it holds floats.
+
+    Args: `not_finite`, called when values are read that are not.
+    """
     target = target_dtype(tensor.dtype, dtype)
-    return Tensor(
-        shape, target, lambda: layout(tensor.read()).astype(target, copy=False), tensor.place
-    )
+    read = functools.partial(read_converted, tensor, target, layout, not_finite)
+    return Tensor(shape, target, read, tensor.place)
+
+
+def read_converted(
+    tensor: Tensor,
+    dtype: np.dtype,
+    layout: Callable[[np.ndarray], np.ndarray],
+    not_finite: Callable[[], None],
+) -> np.ndarray:
+    """Read a tensor, look at its values, and convert them."""
+    values = tensor.read()
+    if not finite(values):
+        not_finite()
+    return layout(values).astype(dtype, copy=False)
 
 
 def target_dtype(stored: np.dtype, wanted: Dtype) -> np.dtype:

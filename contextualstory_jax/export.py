@@ -18,11 +18,11 @@ from contextualstory_jax.convert import (
     check_free,
     copy_json,
     count,
+    parameter_shapes,
     progress,
     staged,
     target_dtype,
 )
-from contextualstory_jax.model import StoryModel
 from contextualstory_jax.streaming import StoredTensor, StoredWeights, groups
 from contextualstory_jax.tensor_files import write_safetensors
 from contextualstory_jax.weights import dead_tensors, to_torch, torch_key, torch_shape
@@ -47,7 +47,7 @@ def export_released(
         isinstance(config.vae, AutoencoderKLConfig),
         f"{checkpoint} cannot be exported: the released layout has no {config.vae.kind} codec",
     )
-    shapes = StoryModel(config).shapes
+    shapes = parameter_shapes(config)
     stored = StoredWeights(checkpoint, weights, shapes)
     tensors = {part: held(stored, part) for part in shapes}
     size = sum(tensor.nbytes for found in tensors.values() for tensor in found.values())

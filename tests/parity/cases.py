@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,11 +157,19 @@ COMPARE = {
 }
 
 
+def frameinit_of(info: Mapping[str, Any]) -> FrameInitConfig | None:
+    """A pipeline case's FrameInit in our words."""
+    given, names = info["frameinit"], {"d_s": "spatial", "d_t": "temporal", "n": "order"}
+    if given is None:
+        return None
+    values = {names.get(name, name): value for name, value in given["filter_params"].items()}
+    return FrameInitConfig(level=given["noise_level"], **values)
+
+
 def compare_pipeline(path: Path, pipeline: StoryPipeline) -> Iterator[Comparison]:
     """A pipeline case's text tower, latents and pictures, of a checkpoint of its own weights."""
     info, arrays = json.loads(path.read_text()), dict(np.load(path.with_suffix(".npz")))
     f, motion = info["n_frames"], path.parent / "checkpoint" / "cumulative_motion.json"
-    frameinit = info["frameinit"]
     initial, final, pictures = (
         rearrange(arrays[name], "b c f h w -> b f h w c")
         for name in ("latents", "final_latents", "pictures")
@@ -185,13 +193,7 @@ def compare_pipeline(path: Path, pipeline: StoryPipeline) -> Iterator[Comparison
         size=(info["height"], info["width"]),
         storyflow=json.loads(motion.read_text())[0],
         initial_latents=np.ascontiguousarray(initial),
-        frameinit=frameinit
-        and FrameInitConfig(
-            method=frameinit["filter_params"]["method"],
-            level=frameinit["noise_level"],
-            spatial=frameinit["filter_params"]["d_s"],
-            temporal=frameinit["filter_params"]["d_t"],
-        ),
+        frameinit=frameinit_of(info),
     )
 
     embeddings = np.asarray(text[0], np.float32)
