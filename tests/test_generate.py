@@ -160,6 +160,7 @@ def test_a_continuation_model_goes_on_from_a_picture(tiny_continuation_checkpoin
     assert told["stories"][0]["first_frame"] == str(tmp_path / "first.png")
 
 
+@pytest.mark.slow
 def test_a_camera_moves_over_a_picture_wider_than_the_frame(tiny_continuation_checkpoint, tmp_path):
     halves = np.repeat(np.array([[[0], [200]]], np.uint8), 16, axis=1)  # dark, then bright
     Image.fromarray(np.broadcast_to(halves, (16, 32, 3))).save(tmp_path / "first.png")

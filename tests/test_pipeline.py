@@ -133,6 +133,7 @@ def test_a_guidance_scale_up_to_1_asks_for_none(pipeline):
     assert levels_apart(one, pipeline(SENTENCES)) > 1
 
 
+@pytest.mark.slow
 def test_other_sizes_and_dtypes_are_drawn(tiny_checkpoint):
     pipeline = StoryPipeline.load(tiny_checkpoint, dtype="bfloat16")
 
@@ -151,6 +152,7 @@ def test_continuation_goes_on_from_its_first_frame(continuation):
     assert np.any(drawn[1:] != other[1:], axis=(1, 2, 3)).all()
 
 
+@pytest.mark.slow
 def test_image_guidance_strengthens_the_first_frame(continuation):
     both = SamplingConfig(steps=2, guidance_scale=2.0, image_guidance_scale=3.0)
 

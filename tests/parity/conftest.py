@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 OWN = Path(__file__).parent / "cases"
+# Of the whole UNets, which take the longest to compile: both tasks, training and all guidance.
+SHORT_UNETS = ("unet_sv_train", "unet_sc_sample_both")
 
 
 def find_cases(folder: Path) -> list[Path]:
@@ -33,8 +35,9 @@ def name(case: Path) -> str:
 
 
 def marks(case: Path) -> list[pytest.MarkDecorator]:
-    """Of the project's own copies, those that take half a minute or more are long tests."""
+    """Of the project's own copies, those that take long are marked so."""
     if case.parent.name == "full":
         return [pytest.mark.full_size]
-    is_long = json.loads(case.read_text())["kind"] in ("train", "pipeline")
+    kind = json.loads(case.read_text())["kind"]
+    is_long = kind in ("train", "pipeline") or (kind == "unet" and name(case) not in SHORT_UNETS)
     return [pytest.mark.slow] if is_long and case.is_relative_to(OWN) else []
