@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -22,17 +23,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.config import DataConfig
-from contextualstory_jax.data.loader import batches, open_stories
-from contextualstory_jax.data.preparation import OPTIONS, prepare
 from contextualstory_jax.data.shapes import story
 
 FRAMES, BATCH = 5, 12  # of a story; stories
-ENCODINGS = {"raw": OPTIONS, "raw, zstd:1": "group_size:1,zstd:1", "raw, zstd:3": "group_size:1"}
+RAW = "group_size:1,uncompressed"  # as `prepare` writes
+ENCODINGS = {"raw": RAW, "raw, zstd:1": "group_size:1,zstd:1", "raw, zstd:3": "group_size:1"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,18 +89,19 @@ def write_stories(root: Path, count: int, size: int) -> list[Path]:
 
 def measure(root: Path, paths: list[Path], size: int, rounds: int) -> dict[str, float]:
     """Pictures a second of processor time, by what is done with them."""
+    from contextualstory_jax.data.loader import batches, open_stories
+    from contextualstory_jax.data.preparation import prepare
+
     published = DataConfig(name="folder", root=str(root / "published"))
-    prepared = DataConfig(name="folder", root=str(root / "out-0"))
+    prepared = DataConfig(name="folder", root=str(root / "out"))
 
     def pillow() -> None:
         for path in paths:
             with Image.open(path) as image:
                 np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
-    outputs = (root / f"out-{number}" for number in range(rounds + 1))
-
-    def prepare_once() -> None:
-        prepare(published, next(outputs), size)
+    def prepare_anew() -> None:
+        prepare(published, root / "again", size)
 
     def read(config: DataConfig) -> None:
         source = open_stories(config, "train", size)
@@ -112,17 +112,18 @@ def measure(root: Path, paths: list[Path], size: int, rounds: int) -> dict[str, 
 
     tasks: dict[str, Callable[[], None]] = {
         "Pillow alone": pillow,
-        "preparing": prepare_once,
+        "preparing": prepare_anew,
         "reading, prepared": lambda: read(prepared),
         "reading, published": lambda: read(published),
     }
-    prepare_once()  # what is imported and read for the first time does not count
+    prepare(published, root / "out", size)  # what is imported then does not count
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(rounds):
         for name, task in tasks.items():
             began = time.process_time()
             task()
             seconds[name].append(time.process_time() - began)
+            shutil.rmtree(root / "again", ignore_errors=True)
     return {name: len(paths) / statistics.median(taken) for name, taken in seconds.items()}
 
 
@@ -130,6 +131,8 @@ def measure_encodings(
     root: Path, paths: list[Path], size: int
 ) -> dict[str, tuple[float, float, float]]:
     """KiB a picture, and milliseconds to write and to read one, by encoding."""
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
     pictures = []
     for path in paths:
         with Image.open(path) as image:
@@ -148,7 +151,7 @@ def measure_encodings(
         for name, options in ENCODINGS.items()
     }
     for level in (1, 6):
-        codecs[f"PNG, level {level}"] = (OPTIONS, lambda p, n=level: to_png(p, n), of_png)
+        codecs[f"PNG, level {level}"] = (RAW, lambda p, n=level: to_png(p, n), of_png)
 
     found = {}
     for name, (options, encode, decode) in codecs.items():

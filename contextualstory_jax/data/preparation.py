@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import fcntl
 import functools
@@ -304,7 +303,6 @@ def _write_shard(
     number: int, shard: PictureShard, features: tfds.features.FeaturesDict, path: Path
 ) -> tuple[int, _Note]:
     """Write one shard of pictures, and then its note."""
-    _keep_freed_memory()
     note = _Note([], {})
     with _writer(path) as write:
         for file in shard.paths:
@@ -317,14 +315,6 @@ def _write_shard(
             note.counts.append(len(records))
     _write_text(_note_path(path), json.dumps(note))
     return number, note
-
-
-def _keep_freed_memory() -> None:
-    """Keep what a record takes and gives back, where glibc would return it to the kernel each time
-    and fault it in anew, which takes five times as long as writing the record does."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
-    if mallopt is not None:
-        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD, bytes
 
 
 def _note_path(shard: Path) -> Path:
