@@ -26,6 +26,7 @@ MIDDLE = {
     "checkpoint",
     "convert",
     "export",
+    "flops",
     "hub",
     "initial",
     "latents",
