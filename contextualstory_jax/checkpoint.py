@@ -29,11 +29,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from orbax.checkpoint import checkpoint_managers as policies
+
 from contextualstory_jax.config import ModelConfig, build, require
 from contextualstory_jax.errors import UserError
 
 FORMAT = 1
 ITEMS = ("params", "ema_params", "frozen", "progress", "dead")
+
+
+def _loss(metrics: Any) -> float:
+    return metrics["loss"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,47 +130,111 @@ def read_model(folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'model.json'}: {error}") from error
 
 
+class Damaged(UserError):
+    """A checkpoint that cannot be read, although it has the name of a whole one."""
+
+
 class Checkpoints:
     """The numbered checkpoints of a folder; as a context manager, it waits for writes at the end.
 
-    `keep` is how many there may be; without it nothing is to be saved.
+    Args: `keep`, how many of the newest there may be; without it nothing is to be saved. Others
+    stay too: those at multiples of `keep_every` steps, and the `keep_best` with the least loss.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        keep_best: int = 0,
+    ):
         self.folder = folder
         # By name, because a new manager does not know what an item it has not saved consists of.
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        kept = [policies.LatestN(keep)]
+        if keep_every is not None:
+            kept.append(policies.EveryNSteps(keep_every))
+        if keep_best:
+            # Sorted from the largest loss down, of which the last stay.
+            kept.append(policies.BestN(get_metric_fn=_loss, n=keep_best, reverse=True))
         self._manager = ocp.CheckpointManager(
             (folder / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None),
+            options=ocp.CheckpointManagerOptions(
+                create=keep is not None,
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=_loss if keep_best else None,
+                best_mode="min",
+            ),
             item_handlers={"meta": ocp.JsonCheckpointHandler(), **handlers},
         )
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+        except UserError:
+            if kind is None:  # else what ended the run is told, which may be this very error
+                raise
+        finally:
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
         """The newest whole checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Write trees of arrays by name, and JSON, in the background."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                meta=ocp.args.JsonSave(dict(meta)),
-                **{
-                    name: ocp.args.StandardSave(tree)
-                    for name, tree in items.items()
-                    if jax.tree.leaves(tree)
-                },
-            ),
-        )
+    @property
+    def steps(self) -> list[int]:
+        """All whole checkpoints' steps, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        loss: float | None = None,
+    ) -> None:
+        """Write trees of arrays by name, and JSON, in the background; `loss` for `keep_best`.
+
+        Raises `UserError` where this or an earlier one cannot be written.
+        """
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    meta=ocp.args.JsonSave(dict(meta)),
+                    **{
+                        name: ocp.args.StandardSave(tree)
+                        for name, tree in items.items()
+                        if jax.tree.leaves(tree)
+                    },
+                ),
+                metrics=None if loss is None else {"loss": loss},
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax raises whatever its storage does
+            raise UserError(
+                f"cannot write a checkpoint to {self.folder / 'checkpoints'} ({reason(error)}); "
+                "make room there and start again: earlier checkpoints are as they were"
+            ) from error
+
+    def set_aside(self, step: int) -> None:
+        """Rename a checkpoint's folder, so that it counts no more; by the first process alone."""
+        folder = self.folder / "checkpoints" / str(step)
+        shutil.rmtree(folder.with_suffix(".damaged"), ignore_errors=True)
+        folder.rename(folder.with_suffix(".damaged"))
+
+    def reload(self) -> None:
+        """Look again which checkpoints there are."""
+        self._manager.reload()
 
     def meta(self, step: int) -> dict:
         """The JSON of a checkpoint. Raises `UserError` where it is missing or damaged."""
@@ -182,7 +252,8 @@ class Checkpoints:
             found = self._manager.item_metadata(step)
             for name, tree in wanted.items():
                 where = f"checkpoint {step} of {self.folder}, {name}"
-                require(found[name] is not None, f"{where}: missing or damaged")
+                if found[name] is None:
+                    raise Damaged(f"{where}: missing or damaged")
                 _check(where, tree, found[name].tree)
             arguments = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
@@ -191,13 +262,13 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def reading(folder: Path, step: int) -> Iterator[None]:
-    """Turn what orbax raises for a damaged checkpoint into a `UserError`."""
+    """Turn what orbax raises for a damaged checkpoint into `Damaged`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # orbax raises whatever its storage does
-        raise UserError(
+        raise Damaged(
             f"checkpoint {step} of {folder} is damaged or incomplete ({reason(error)}); "
             "remove it or copy it anew"
         ) from error
@@ -253,8 +324,9 @@ def load_weights(
     """All parameters of the newest checkpoint, as stored, and its meta, with `weights` in it.
 
     Args: `weights`: `ema`, the average of the trained parameters, or `raw`, their last values; by
-    default `ema` where there is one. `may_lack`, a regex of names that need not be there. `parts`,
-    which are wanted, if not all; others may still be among what is returned.
+    default `ema` where there is one. `shapes`, with shardings if not for one device. `may_lack`, a
+    regex of names that need not be there. `parts`, which are wanted, if not all; others may still
+    be among what is returned.
     Raises `UserError` where there is no checkpoint, none with these weights, or it does not fit
     `shapes`.
     """
@@ -267,7 +339,11 @@ def load_weights(
             # Which parameter is in which item, and its dtype, is the checkpoint's to say.
             targets[name] = {
                 part: {
-                    leaf: jax.ShapeDtypeStruct(shapes[part][leaf].shape, np.dtype(dtype))
+                    leaf: jax.ShapeDtypeStruct(
+                        shapes[part][leaf].shape,
+                        np.dtype(dtype),
+                        sharding=shapes[part][leaf].sharding,
+                    )
                     for leaf, dtype in leaves.items()
                     if leaf in shapes.get(part, {})
                 }

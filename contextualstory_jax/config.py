@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -44,6 +45,14 @@ def check_range(
             + (f"at least {least}" if most is None else f"in [{least}, {most}]")
             + f"; got {value}",
         )
+
+
+def check_pattern(where: str, pattern: str) -> None:
+    """Raise `UserError` where a regex is none."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is no regular expression: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +324,10 @@ class SamplingConfig:
         )
 
 
+# What the backward pass computes again, layer by layer, instead of keeping it: nothing; all but the
+# outputs of matrix products; all but the layers' inputs.
+Remat = Literal["none", "block", "full"]
+
 CameraMotion = Literal["pan_left", "pan_right", "zoom_in", "zoom_out"]
 
 
@@ -432,11 +445,30 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh; -1 takes what is left."""
+class ShardingRule:
+    """Over which axes of the mesh the last dimensions of some parameters are split."""
 
-    data: int = -1
-    fsdp: int = 1
+    pattern: str  # regex on `part.path`
+    axes: tuple[Literal["fsdp", "tensor"] | None, ...]  # of the last dimensions, in order
+
+    def __post_init__(self) -> None:
+        check_pattern("mesh.rules", self.pattern)
+        named = [axis for axis in self.axes if axis is not None]
+        require(
+            len(set(named)) == len(named) > 0,
+            f"mesh.rules: the axes of {self.pattern!r} must be fsdp or tensor, each once at most, "
+            f"or null; got {self.axes}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 takes what is left. See `sharding.py`."""
+
+    data: int = -1  # copies of the parameters; each sees stories of its own
+    fsdp: int = 1  # parts that each parameter is kept in; each sees stories of its own
+    tensor: int = 1  # parts that each matrix product is split in
+    rules: tuple[ShardingRule, ...] = ()  # before the project's own: the first match wins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,20 +486,32 @@ class TrainConfig:
     batch_size: int = 12  # stories a step, over all devices and accumulation steps
     accumulation_steps: int = 1
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Remat = "none"
     trainable: tuple[str, ...] = (r"unet\..*",)  # regexes on `part.path`; the rest is frozen
     text_drop: float = 0.1
     first_frame_drop: float = 0.1
     snr_gamma: float | None = 5.0
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest
+    keep_every: int | None = None  # steps; checkpoints at multiples stay
+    keep_best: int = 0  # those with the least validation loss stay; 0: no such loss is computed
     sample_every: int = 1000  # steps between pictures from the EMA weights
     sample_stories: int = 2
+    profile_at: int | None = None  # the step from which a profile is written
+    profile_steps: int = 3
+    wandb_project: str | None = None  # metrics go there too; needs the extra [wandb]
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every")
-        counts += ("keep_checkpoints", "sample_every", "sample_stories")
+        counts += ("keep_checkpoints", "sample_every", "sample_stories", "profile_steps")
         check_range(self, "", counts, 1)
+        check_range(self, "", ("keep_best",), 0)
+        for name in ("keep_every", "profile_at"):
+            if getattr(self, name) is not None:
+                check_range(self, "", (name,), 1)
+        for pattern in self.trainable:
+            check_pattern("trainable", pattern)
         check_range(self, "", ("text_drop", "first_frame_drop"), 0, 1)
         require(
             self.max_minutes is None or self.max_minutes > 0,
@@ -482,6 +526,16 @@ class TrainConfig:
             self.snr_gamma is None or self.snr_gamma > 0,
             f"snr_gamma must be positive; got {self.snr_gamma}",
         )
+
+
+def dotted(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """A mapping of mappings as one, by dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            dotted(value, f"{where}{key}.") if isinstance(value, Mapping) else {where + key: value}
+        )
+    return flat
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

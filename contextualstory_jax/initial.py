@@ -8,13 +8,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 
 from contextualstory_jax.checkpoint import load_weights, read_model, refuse_another
 from contextualstory_jax.config import ModelConfig, TrainConfig
 from contextualstory_jax.data.loader import TOKENIZER_DIR
 from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.processes import say
 from contextualstory_jax.released import SD_UNET
+from contextualstory_jax.sharding import Placement
 from contextualstory_jax.weights import ADDED
 
 # What may differ from the model that training begins with: sizes and first values, and whether a
@@ -44,30 +47,53 @@ def tokenizer_folder(config: TrainConfig, workdir: Path) -> Path:
     return Path(config.init_from) / "tokenizer"
 
 
-def initial_params(model: StoryModel, config: TrainConfig) -> Parts:
-    """Float32 parameters before the first step, on the host; says where they are from.
+def initial_params(model: StoryModel, config: TrainConfig, placement: Placement) -> Parts:
+    """Float32 parameters before the first step, each where it is kept; says where they are from.
 
     Those of `config.init_from` are its averaged ones where it has such. Only what Stable Diffusion
-    lacks may be fresh. Raises `UserError` where `config.init_from` is another model.
+    lacks may be fresh. No more than one of the fresh ones is whole anywhere. Raises `UserError`
+    where `config.init_from` is another model.
     """
-    if config.init_from is None:
-        return model.init(config.seed)
-    folder = Path(config.init_from)
+    placed = placement.shardings(model.shapes)
+    given: Parts = {part: {} for part in model.shapes}
+    if config.init_from is not None:
+        given, source = stored_params(model, Path(config.init_from), placed)
+    params: Parts = {part: {} for part in model.shapes}
+    fresh = Counter[str]()
+    for part, network in model.networks.items():
+        for name in network.shapes:
+            if name in given[part]:
+                params[part][name] = given[part].pop(name)
+                continue
+            drawn = network.draw(config.seed, name)
+            params[part][name] = jax.make_array_from_callback(
+                drawn.shape, placed[part][name], drawn.__getitem__
+            )
+            if layer := re.fullmatch(ADDED, name):
+                fresh[layer[2]] += 1
+    if config.init_from is not None:
+        listed = ", ".join(f"{count} of {layer}" for layer, count in fresh.items())
+        say(f"{source}; fresh: {listed or 'none'}")
+    return params
+
+
+def stored_params(model: StoryModel, folder: Path, placed: Any) -> tuple[Parts, str]:
+    """A checkpoint folder's parameters, float32, where `placed` says, and what they are.
+
+    Raises `UserError` where they are another model's.
+    """
     theirs = read_model(folder)
     refuse_another(folder, spatial(theirs), spatial(model.config), "init_from")
-    given, meta = load_weights(folder, None, model.shapes, may_lack=ADDED)
+    shapes = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        model.shapes,
+        placed,
+    )
+    params, meta = load_weights(folder, None, shapes, may_lack=ADDED)
     if not meta.get("absent"):  # Stable Diffusion leaves the rest to the recipe
         refuse_another(folder, temporal(theirs), temporal(model.config), "init_from")
-    params, fresh = model.init(config.seed), Counter[str]()
-    for part, leaves in params.items():
-        for name in leaves:
-            if name in given[part]:
-                leaves[name] = np.asarray(given[part].pop(name)).astype(np.float32)
-            elif layer := re.fullmatch(ADDED, name):
-                fresh[layer[2]] += 1
-    listed = ", ".join(f"{count} of {layer}" for layer, count in fresh.items())
-    print(f"{meta['weights']} parameters of {folder}; fresh: {listed or 'none'}", flush=True)
-    return params
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return params, f"{meta['weights']} parameters of {folder}"
 
 
 def spatial(config: ModelConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
 from contextualstory_jax.checkpoint import load_weights, read_model, refuse_another, write_text
-from contextualstory_jax.config import ModelConfig, TrainConfig, require
+from contextualstory_jax.config import ModelConfig, TrainConfig, dotted, require
 from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.latents import (
     ABOUT,
@@ -110,7 +110,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
         "model": ("height", "width", "vae", "text_encoder"),
     }
     kept = {group: {key: values[group][key] for key in keys} for group, keys in chosen.items()}
-    return dict(_flat({**kept, "compute_dtype": values["compute_dtype"]}))
+    return dotted({**kept, "compute_dtype": values["compute_dtype"]})
 
 
 def weights_digests(params: Parts) -> dict[str, str]:
@@ -135,14 +135,6 @@ def stories_on_disk(config: TrainConfig) -> StorySource:
             "can hold; name a dataset on disk"
         )
     return source
-
-
-def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{where}{key}.")
-        else:
-            yield where + key, value
 
 
 def _on_host(array: Any) -> np.ndarray:

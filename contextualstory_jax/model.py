@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num, Real, UInt8
 
-from contextualstory_jax.config import ModelConfig
+from contextualstory_jax.config import ModelConfig, Remat
 from contextualstory_jax.models.blocks import TextKeysValues
 from contextualstory_jax.models.clip_text import CLIPTextModel
 from contextualstory_jax.models.network import Network, Params
@@ -41,10 +41,11 @@ class Condition(NamedTuple):
 class StoryModel:
     """Pure functions of parameters; one instance serves any number of weights and devices."""
 
-    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32):
+    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, remat: Remat = "none"):
+        """Args: `dtype` to compute in; `remat`, what a backward pass computes again."""
         self.config = config
         self.dtype = dtype
-        self.unet = Network(lambda: UNet(config.unet))
+        self.unet = Network(lambda: UNet(config.unet, remat))
         self.vae = Network(lambda: picture_codec(config.vae))
         self.text_encoder = Network(lambda: CLIPTextModel(config.text_encoder))
         self.networks = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}

@@ -33,7 +33,7 @@ from contextualstory_jax.diffusion.guidance import guide, num_branches
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.samplers import Sampler, denoise, make_sampler
 from contextualstory_jax.model import Parts, StoryModel, clamp
-from contextualstory_jax.sharding import BATCH, make_mesh
+from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -142,27 +142,33 @@ class StoryPipeline:
         storyflow: Sequence[float],
         step: int | None = None,
         weights: str | None = None,
+        placement: Placement | None = None,
     ):
         """A model in memory.
 
         Args: `storyflow`, the mean of the training stories; `step`, how long they were seen;
-        `weights`, whether `params` are `ema` or `raw`.
+        `weights`, whether `params` are `ema` or `raw`; `placement`, where all processes together
+        keep them and draw, by default this one's devices: processes then draw different stories,
+        at different times.
         """
         self.model, self.tokenizer, self.step, self.weights = model, tokenizer, step, weights
         self.storyflow = np.asarray(storyflow, np.float32)
-        # Its own process's: processes draw different stories, at different times.
-        self.mesh = make_mesh(MeshConfig(), jax.local_devices())
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        placement = placement or Placement(make_mesh(MeshConfig(), jax.local_devices()))
+        self.mesh = placement.mesh
         # Drawing only reads: weights are held once, in the dtype they are computed with.
         self.params = jax.device_put(
-            clamp(jax.tree.map(lambda p: jnp.asarray(p, model.dtype), params)), everywhere
+            clamp(jax.tree.map(lambda p: jnp.asarray(p, model.dtype), params)),
+            placement.shardings(params),
         )
 
         def program(branches: int, params: Parts, *arguments: Any) -> tuple[Array, Array]:
+            params = placement.whole(params)
             latents = draw_latents(model, branches, params, *arguments)
             return model.decode(params, latents), latents
 
-        self._program = jax.jit(program, static_argnums=0)
+        # Pictures come back to every process.
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        self._program = jax.jit(program, static_argnums=0, out_shardings=everywhere)
 
     @classmethod
     def load(
@@ -265,7 +271,8 @@ class StoryPipeline:
         if initial_latents is not None:
             _check_latents(initial_latents, (len(stories), *shape))
         # Every batch has one size, so that one program serves: the last story fills the last batch.
-        batch_size = -(-min(batch_size, len(stories)) // self.mesh.size) * self.mesh.size
+        ways = batch_ways(self.mesh)
+        batch_size = -(-min(batch_size, len(stories)) // ways) * ways
         for start in range(0, len(stories), batch_size):
             chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
             real = min(batch_size, len(stories) - start)
@@ -333,6 +340,9 @@ class StoryPipeline:
         return motion
 
     def _place(self, array: Any) -> jax.Array:
+        """An array that every process has whole, split by story."""
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):  # which JAX moves in one process alone
+            return jax.random.wrap_key_data(self._place(jax.random.key_data(array)))
         return jax.device_put(array, NamedSharding(self.mesh, BATCH))
 
     def _inputs(
@@ -369,9 +379,9 @@ class StoryPipeline:
         branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
         null_ids = self.tokenizer([""])[0]
         scales = Scales(
-            jnp.float32(sampling.guidance_scale),
-            jnp.float32(sampling.image_guidance_scale),
-            jnp.float32(sampling.guidance_rescale),
+            np.float32(sampling.guidance_scale),
+            np.float32(sampling.image_guidance_scale),
+            np.float32(sampling.guidance_rescale),
         )
         return self._program(
             branches, self.params, inputs, null_ids, motion, sampler, scales, frameinit

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
@@ -24,6 +25,7 @@ from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.model import Parts, StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.sharding import Placement
 
 
 @no_type_check  # of arrays here; JAX makes others, of shapes and of shardings
@@ -149,7 +151,7 @@ def init_state(params: Parts, config: TrainConfig) -> TrainState:
 
 
 def encode(
-    model: StoryModel, params: Parts, batch: Batch, null_ids: Int[Array, " l"]
+    model: StoryModel, params: Parts, batch: Batch, null_ids: Int[Array | np.ndarray, " l"]
 ) -> tuple[Encoded, Float[Array, "l d"]]:
     """A batch, and the empty sentence, through the codec and the text tower."""
     ids = jnp.concatenate([batch.ids.reshape(-1, batch.ids.shape[-1]), null_ids[None]])
@@ -219,20 +221,37 @@ def update(
     )
 
 
+def _as_it_is(tree: Any) -> Any:
+    return tree
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
 def make_train_step(
-    model: StoryModel, config: TrainConfig, null: Int[Array, " l"] | Float[Array, "l d"]
+    model: StoryModel,
+    config: TrainConfig,
+    null: Int[Array | np.ndarray, " l"] | Float[Array | np.ndarray, "l d"],
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, Array]]]:
     """The step that `jax.jit` compiles, for batches of `config.batch_size` stories.
 
-    Args: `null`, the empty sentence: its token ids or, for batches that are encoded, its features.
+    Args: `null`, the empty sentence: its token ids or, for batches that are encoded, its features;
+    `placement`, where arrays lie, if not all on one device.
     """
     tx = optimizer(config.optimizer, config.steps)
     rate = learning_rate(config.optimizer, config.steps)
+    kept, whole, split = (
+        (placement.kept, placement.whole, placement.split) if placement else (_as_it_is,) * 3
+    )
 
     def micro_loss(trained: Parts, frozen: Parts, batch: Batch | Encoded, keys: Key[Array, " b"]):
         params = merge_parts(trained, frozen)
         encoded, null_text = (
-            encode(model, params, batch, null) if isinstance(batch, Batch) else (batch, null)
+            encode(model, params, batch, null)
+            if isinstance(batch, Batch)
+            else (batch, jnp.asarray(null))
         )
         draws = draw(model, encoded.moments, keys, config)
         value = loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
@@ -251,12 +270,14 @@ def make_train_step(
             lambda x: x.reshape(-1, config.accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
             (batch, keys),
         )
+        # Cast and gathered once, for all micro-batches, forward and backward.
+        trained, frozen = whole(_cast((state.params, state.frozen), model.dtype))
 
         def gradient_of(micro: tuple[Batch | Encoded, Array]):
             (value, motion), gradient = jax.value_and_grad(micro_loss, has_aux=True)(
-                state.params, state.frozen, *micro
+                trained, frozen, *split(micro)
             )
-            return value, motion, gradient
+            return value, motion, _cast(kept(gradient), jnp.float32)
 
         # The first stands outside: XLA's CPU backward convolutions are many times slower in a loop.
         sums = gradient_of(jax.tree.map(lambda x: x[0], micro))
@@ -284,3 +305,26 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def make_validation(
+    model: StoryModel,
+    config: TrainConfig,
+    null_ids: Int[Array | np.ndarray, " l"],
+    placement: Placement,
+) -> Callable[[Parts, Parts, Batch], Float[Array, ""]]:
+    """The loss of trained and frozen parameters on a batch, with draws of the seed alone.
+
+    Nothing is dropped.
+    """
+    config = dataclasses.replace(config, text_drop=0.0, first_frame_drop=0.0)
+
+    def validate(trained: Parts, frozen: Parts, batch: Batch) -> Float[Array, ""]:
+        params = merge_parts(clamp(trained), frozen)
+        params, batch = placement.whole(_cast(params, model.dtype)), placement.split(batch)
+        encoded, null_text = encode(model, params, batch, null_ids)
+        keys = jax.random.split(jax.random.key(config.seed), len(batch.images))
+        draws = draw(model, encoded.moments, keys, config)
+        return loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
+
+    return validate

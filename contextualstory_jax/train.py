@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.cli import ArgumentParser, run, split_overrides
 from contextualstory_jax.config import TrainConfig
+from contextualstory_jax.processes import add_arguments, connect
 from contextualstory_jax.recipes import load_recipe, train_config
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="DIR",
         help="for checkpoints, logs and samples; made where it is not there",
     )
+    add_arguments(parser)
     argv, overrides = split_overrides(argv)
     return parser.parse_args(argv), overrides
 
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
     config = load_recipe(arguments.config, overrides)
+    connect(arguments)
     from contextualstory_jax import trainer
 
     try:

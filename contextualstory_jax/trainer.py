@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
 from contextualstory_jax.checkpoint import (
     Checkpoints,
+    Damaged,
     contents,
     latest_step,
     write_model,
     write_text,
 )
 from contextualstory_jax.compilation import use_compilation_cache
-from contextualstory_jax.config import TrainConfig, require
+from contextualstory_jax.config import TrainConfig, dotted, require
 from contextualstory_jax.data.latents import EncodedStories
 from contextualstory_jax.data.loader import (
     WaitMeter,
@@ -45,19 +48,29 @@ from contextualstory_jax.data.loader import (
     training_source,
 )
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.flops import peak_flops, training_step_flops
 from contextualstory_jax.initial import initial_params, tokenizer_folder
 from contextualstory_jax.latents import open_latents, require_same_weights
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.pipeline import Story, StoryPipeline
-from contextualstory_jax.scalars import ScalarWriter
-from contextualstory_jax.sharding import BATCH, make_mesh, shardings
+from contextualstory_jax.processes import (
+    StopRequest,
+    all_succeed,
+    by_first,
+    is_first,
+    require_agreement,
+    say,
+)
+from contextualstory_jax.scalars import NoWriter, ScalarWriter
+from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import (
     Batch,
     Encoded,
     TrainState,
     init_state,
     make_train_step,
+    make_validation,
     merge_parts,
 )
 from contextualstory_jax.tokenizer import Tokenizer
@@ -79,42 +92,59 @@ class NonFiniteLoss(ArithmeticError):
 def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
     """Train a recipe in a workdir, from where its last checkpoint is, and return the last state.
 
-    Raises `UserError` for what the user can mend and `NonFiniteLoss` where training diverges.
+    In several processes all call it. Raises `UserError` for what the user can mend and
+    `NonFiniteLoss` where training diverges.
     """
     use_compilation_cache()
-    mesh = make_mesh(config.mesh)
-    model = StoryModel(config.model, jnp.dtype(config.compute_dtype))
+    require_agreement({"workdir": str(workdir), **dotted(dataclasses.asdict(config))})
+    placement = Placement(make_mesh(config.mesh), config.mesh.rules)
+    model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat)
     files = tokenizer_folder(config, workdir)
     tokenizer = Tokenizer(files, config.model.text_encoder.max_position_embeddings)
-    check(config, mesh, tokenizer)
+    check(config, placement.mesh, tokenizer)
+    say(placement.check(model.shapes))
     latents = open_latents(config, tokenizer) if config.data.latents else None
-    abstract = abstract_state(model, config, mesh)
+    abstract = abstract_state(model, config, placement)
     # Before anything is written, because it may refuse.
-    params = initial_params(model, config) if latest_step(workdir) is None else None
+    params = initial_params(model, config, placement) if latest_step(workdir) is None else None
     if latents is not None and params is not None:
         require_same_weights(latents.cache, params)
-    write_model(workdir, config.model, files)
-    with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
-        state = start_state(abstract, params, config, mesh, checkpoints)
-        if latents is not None and params is None:
+    by_first(lambda: write_model(workdir, config.model, files))
+    kept = config.keep_checkpoints, config.keep_every, config.keep_best
+    with Checkpoints(workdir, *kept) as checkpoints, StopRequest() as stop:
+        state = start_state(abstract, params, config, checkpoints)
+        del params
+        if latents is not None:
             require_same_weights(latents.cache, state.frozen)
-        describe(config, state, workdir)
-        step = compile_step(model, config, mesh, state, tokenizer, latents)
-        data = device_batches(config, mesh, tokenizer, int(state.step), latents)
+        by_first(lambda: describe(config, state, workdir))
+        step = compile_step(model, config, placement, state, tokenizer, latents)
+        data = device_batches(config, placement.mesh, tokenizer, int(state.step), latents)
         flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
-        with contextlib.closing(ScalarWriter(workdir, int(state.step))) as writer:
-            draw = functools.partial(draw_samples, model, config, tokenizer, workdir, writer, flow)
-            return loop(state, step, data, config, checkpoints, writer, flow, draw)
+        validate = validation(model, config, placement, tokenizer) if config.keep_best else None
+        with contextlib.closing(open_writer(config, workdir, int(state.step))) as writer:
+            run = Run(
+                config=config,
+                workdir=workdir,
+                checkpoints=checkpoints,
+                writer=writer,
+                stop=stop,
+                flow=flow,
+                validate=validate,
+                draw=functools.partial(
+                    draw_samples, model, config, tokenizer, workdir, writer, flow, placement
+                ),
+            )
+            return loop(state, step, data, run)
 
 
 def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
     """Raise `UserError` where the recipe fits no data, the devices or the tokenizer."""
     training_source(config.data, config.model.height)
-    parts = config.accumulation_steps * mesh.size
+    ways = batch_ways(mesh)
     require(
-        config.batch_size % parts == 0,
-        f"batch_size = {config.batch_size} is not divisible by accumulation_steps x devices = "
-        f"{config.accumulation_steps} x {mesh.size}",
+        config.batch_size % (config.accumulation_steps * ways) == 0,
+        f"batch_size = {config.batch_size} is not divisible by accumulation_steps x data x fsdp = "
+        f"{config.accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']}",
     )
     vocab_size = config.model.text_encoder.vocab_size
     needed = int(tokenizer([""]).max()) + 1  # in CLIP's vocabularies the end token is the last
@@ -124,7 +154,7 @@ def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
     )
 
 
-def abstract_state(model: StoryModel, config: TrainConfig, mesh: Mesh) -> TrainState:
+def abstract_state(model: StoryModel, config: TrainConfig, placement: Placement) -> TrainState:
     """The shape, dtype and sharding of everything in the state.
 
     Raises `UserError` where `config.trainable` names no parameter.
@@ -133,25 +163,38 @@ def abstract_state(model: StoryModel, config: TrainConfig, mesh: Mesh) -> TrainS
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         state,
-        shardings(state, mesh),
+        placement.shardings(state),
     )
 
 
 def start_state(
-    abstract: TrainState,
-    params: Parts | None,
-    config: TrainConfig,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
+    abstract: TrainState, params: Parts | None, config: TrainConfig, checkpoints: Checkpoints
 ) -> TrainState:
-    """The state to go on from: that before the first step, or the last checkpoint's."""
-    if params is None:
-        step = checkpoints.latest
-        assert step is not None, "without a checkpoint there are parameters to begin with"
-        return from_items(abstract, checkpoints.restore(step, to_items(abstract)))
-    params = jax.device_put(params, shardings(params, mesh))
-    placed = jax.tree.map(lambda s: s.sharding, abstract)
-    return jax.jit(functools.partial(init_state, config=config), out_shardings=placed)(params)
+    """The state to go on from: that before the first step, or the last whole checkpoint's.
+
+    `params` are used up. A checkpoint that is damaged is set aside, and told. Raises `UserError`
+    where none is left, or they are of another model.
+    """
+    if params is not None:
+        placed = jax.tree.map(lambda s: s.sharding, abstract)
+        begin = functools.partial(init_state, config=config)
+        return jax.jit(begin, out_shardings=placed, donate_argnums=0)(params)
+    steps = checkpoints.steps
+    for step, older in itertools.zip_longest(steps, steps[1:]):
+        restored: list[TrainState] = []
+
+        def restore(step: int = step, restored: list[TrainState] = restored) -> None:
+            items = checkpoints.restore(step, to_items(abstract))
+            restored.append(from_items(abstract, items))
+
+        problem = all_succeed(restore, Damaged)
+        if problem is None:
+            return restored[0]
+        require(older is not None, f"{problem}; no older checkpoint is whole")
+        say(f"{problem}; going on from checkpoint {older}")
+        by_first(lambda step=step: checkpoints.set_aside(step))
+        checkpoints.reload()
+    raise AssertionError("without a checkpoint there are parameters to begin with")
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
@@ -203,7 +246,7 @@ def describe(config: TrainConfig, state: TrainState, workdir: Path) -> None:
 def compile_step(
     model: StoryModel,
     config: TrainConfig,
-    mesh: Mesh,
+    placement: Placement,
     state: TrainState,
     tokenizer: Tokenizer,
     latents: EncodedStories | None = None,
@@ -212,11 +255,37 @@ def compile_step(
     placed = jax.tree.map(lambda x: x.sharding, state)
     null = tokenizer([""])[0] if latents is None else latents.cache.null_text
     return jax.jit(
-        make_train_step(model, config, jnp.asarray(null)),
+        make_train_step(model, config, np.asarray(null), placement),
         donate_argnums=0,
-        in_shardings=(placed, NamedSharding(mesh, BATCH)),
-        out_shardings=(placed, None),
+        in_shardings=(placed, NamedSharding(placement.mesh, BATCH)),
+        out_shardings=(placed, NamedSharding(placement.mesh, PartitionSpec())),
     )
+
+
+def validation(
+    model: StoryModel, config: TrainConfig, placement: Placement, tokenizer: Tokenizer
+) -> Callable[[TrainState], float]:
+    """The averaged weights' loss on held-out stories, always with the same noise and timesteps."""
+    size = config.batch_size // config.accumulation_steps
+    stories = test_stories(config.data, config.model.height, size)
+    chosen = [stories[i % len(stories)] for i in range(size)]
+    sharding = NamedSharding(placement.mesh, BATCH)
+    batch = Batch(
+        images=jax.device_put(np.stack([story.images for story in chosen]), sharding),
+        ids=jax.device_put(np.stack([tokenizer(story.sentences) for story in chosen]), sharding),
+    )
+    compute = jax.jit(
+        make_validation(model, config, np.asarray(tokenizer([""])[0]), placement),
+        out_shardings=NamedSharding(placement.mesh, PartitionSpec()),
+    )
+    return lambda state: float(compute(state.ema_params, state.frozen, batch))
+
+
+def open_writer(config: TrainConfig, workdir: Path, first_step: int) -> ScalarWriter | NoWriter:
+    """What keeps the run's numbers: in the first process alone."""
+    if not is_first():
+        return NoWriter()
+    return ScalarWriter(workdir, first_step, config.wandb_project)
 
 
 def device_batches(
@@ -251,18 +320,24 @@ def draw_samples(
     config: TrainConfig,
     tokenizer: Tokenizer,
     workdir: Path,
-    writer: ScalarWriter,
+    writer: ScalarWriter | NoWriter,
     flow: Flow,
+    placement: Placement,
     state: TrainState,
 ) -> None:
-    """Draw held-out stories with the EMA weights; one row a story, the originals above."""
+    """Draw held-out stories with the EMA weights; one row a story, the originals above.
+
+    All devices draw; the first process writes.
+    """
     stories = test_stories(config.data, config.model.height, config.sample_stories)
     step, continuation = int(state.step), model.config.unet.is_continuation
     params = merge_parts(state.ema_params, state.frozen)
-    pipeline = StoryPipeline(model, params, tokenizer, flow(state))
+    pipeline = StoryPipeline(model, params, tokenizer, flow(state), placement=placement)
     pictures = pipeline.draw(
         [Story(s.sentences, s.story_id, s.images[0] if continuation else None) for s in stories]
     ).pictures
+    if not is_first():
+        return
     rows = [
         np.concatenate(list(frames), axis=1)
         for story, drawn in zip(stories, pictures, strict=True)
@@ -280,44 +355,65 @@ def storyflow_mean(state: TrainState) -> list[float]:
     return np.asarray(state.storyflow_sum / jnp.maximum(state.stories, 1)).tolist()
 
 
-def save(checkpoints: Checkpoints, flow: Flow, state: TrainState) -> None:
-    """Write a checkpoint in the background."""
-    step, items = int(state.step), to_items(state)
-    named = {name: items[name] for name in ("params", "ema_params", "frozen")}
-    meta = {"step": step, "storyflow": flow(state), "items": contents(named)}
-    checkpoints.save(step, items, meta)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run leaves behind, and what it asks on the way."""
+
+    config: TrainConfig
+    workdir: Path
+    checkpoints: Checkpoints
+    writer: ScalarWriter | NoWriter
+    stop: StopRequest
+    flow: Flow
+    validate: Callable[[TrainState], float] | None
+    draw: Callable[[TrainState], None]
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint in the background."""
+        step, items = int(state.step), to_items(state)
+        named = {name: items[name] for name in ("params", "ema_params", "frozen")}
+        meta = {"step": step, "storyflow": self.flow(state), "items": contents(named)}
+        loss = None
+        if self.validate is not None:
+            loss = self.validate(state)
+            self.writer.write(step, {"validation_loss": loss})
+        self.checkpoints.save(step, items, meta, loss)
 
 
 def loop(
-    state: TrainState,
-    train_step: Step,
-    data: Iterator[Batch | Encoded],
-    config: TrainConfig,
-    checkpoints: Checkpoints,
-    writer: ScalarWriter,
-    flow: Flow,
-    draw: Callable[[TrainState], None],
+    state: TrainState, train_step: Step, data: Iterator[Batch | Encoded], run: Run
 ) -> TrainState:
-    """Step until `config.steps` or `config.max_minutes`; log, save and draw on the way."""
+    """Step until the recipe's end, or SIGTERM; log, save, draw and profile on the way."""
+    config, first = run.config, int(state.step)
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     data = WaitMeter(data)
-    with contextlib.closing(Progress(config, writer, int(state.step))) as progress:
-        for number in range(int(state.step) + 1, config.steps + 1):
+    with (
+        contextlib.closing(Progress(config, run.writer, first)) as progress,
+        contextlib.closing(Profile(config, run.workdir)) as profile,
+    ):
+        for number in range(first + 1, config.steps + 1):
+            profile.before(number)
             state, values = train_step(state, next(data))
             unchecked.append((number, values))
             progress.add(number, values)
-            last = number == config.steps or progress.out_of_time
+            profile.after(number, values)
+            preempted = run.stop.after(number)
+            last = preempted or number == config.steps or progress.out_of_time
             saves = last or number % config.checkpoint_every == 0
             # A checkpoint is logged, so that no mean is of steps from before and after a restart.
             if saves or number % config.log_every == 0:
-                require_finite(unchecked, checkpoints.latest)
+                require_finite(unchecked, run.checkpoints.latest)
+                progress.log(unchecked, data.take(), aloud=saves)
                 unchecked.clear()
-                progress.log(number, data.take(), aloud=saves)
             if saves:
-                save(checkpoints, flow, state)
+                with progress.paused():
+                    run.save(state)
+            if preempted:  # the machine is about to go: nothing that is not needed
+                say(f"SIGTERM: stopped after step {number}; the same command goes on from there")
+                break
             if last or number % config.sample_every == 0:
                 with progress.paused():
-                    draw(state)
+                    run.draw(state)
             if last:
                 break
     return state
@@ -337,17 +433,24 @@ def require_finite(steps: list[tuple[int, dict[str, jax.Array]]], last_good: int
 class Progress:
     """What the user sees of a run: a bar, and the means of all steps since the last log."""
 
-    def __init__(self, config: TrainConfig, writer: ScalarWriter, first_step: int):
+    def __init__(self, config: TrainConfig, writer: ScalarWriter | NoWriter, first_step: int):
         self._config, self._writer = config, writer
-        self._bar = tqdm(total=config.steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self._merge = jax.jit(lambda m, values: m.merge(m.single_from_model_output(**values)))
-        self._means = StepMetrics.empty()
+        self._bar = tqdm(
+            total=config.steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not is_first(),
+        )
         self._began: float | None = None  # when the first step, which compiles, was done
         self._logged = (0.0, first_step)  # the time and the step of the last log
+        self._flops = training_step_flops(config).total()
+        device = jax.local_devices()[0]
+        peak = peak_flops(device.device_kind, config.compute_dtype)
+        self._peak = peak and peak * jax.device_count()
 
     def add(self, number: int, values: dict[str, jax.Array]) -> None:
-        """Take the metrics of a step."""
-        self._means = self._merge(self._means, values)
+        """Count a step."""
         self._bar.update()
         if self._began is None:
             jax.block_until_ready(values)
@@ -356,30 +459,42 @@ class Progress:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether `config.max_minutes` are over."""
-        return self._seconds_left() <= 0
+        """Whether `config.max_minutes` are over, by the first process's clock."""
+        if self._config.max_minutes is None:
+            return False
+        return bool(multihost_utils.broadcast_one_to_all(np.array(self._seconds_left() <= 0)))
 
-    def log(self, number: int, waited: float, aloud: bool) -> None:
-        """Write the means, and print them if `aloud`; begin anew.
+    def log(self, steps: Sequence[tuple[int, dict[str, jax.Array]]], waited: float, aloud: bool):
+        """Write the means of some steps, and print them if `aloud`.
 
         Args: `waited`, seconds that steps waited for their stories since the last log.
         """
+        means = StepMetrics.empty()
+        for _, values in jax.device_get(list(steps)):
+            means = means.merge(StepMetrics.single_from_model_output(**values))
+        number = steps[-1][0]
         now, (logged_time, logged_number) = time.monotonic(), self._logged
-        steps_per_second = (number - logged_number) / max(now - logged_time, 1e-9)
-        values = {name: float(value) for name, value in self._means.compute().items()}
-        values["stories_per_second"] = steps_per_second * self._config.batch_size
+        # Of the first step, which compiles, there is no time.
+        seconds = (now - logged_time) / max(number - logged_number, 1)
+        rate = 1 / seconds if number > logged_number else 0.0
+        values = {name: float(value) for name, value in means.compute().items()}
+        values["stories_per_second"] = rate * self._config.batch_size
+        values["step_time"] = seconds if rate else 0.0
         values["data_wait"] = waited / max(number - logged_number, 1)  # seconds a step
+        if self._peak:
+            values["flop_utilization"] = self._flops * rate / self._peak
+        values |= device_memory()
         self._writer.write(number, values)
         if self._config.max_minutes is not None:  # so that the time left that the bar shows is true
-            steps_left = int(max(self._seconds_left(), 0) * steps_per_second)
+            steps_left = int(max(self._seconds_left(), 0) * rate)
             self._bar.total = min(self._config.steps, number + steps_left)
         self._bar.set_postfix(
             loss=f"{values['loss']:.4f}", stories_s=f"{values['stories_per_second']:.1f}"
         )
-        if aloud:
+        if aloud and is_first():
             listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self._bar.write(f"step {number}: {listed}")
-        self._means, self._logged = StepMetrics.empty(), (now, number)
+        self._logged = (now, number)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -397,3 +512,38 @@ class Progress:
         if self._config.max_minutes is None or self._began is None:
             return math.inf
         return self._began + self._config.max_minutes * 60 - time.monotonic()
+
+
+def device_memory() -> dict[str, float]:
+    """GiB in use, and at most in use so far, on this process's first device, where it tells."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    names = {"memory": "bytes_in_use", "peak_memory": "peak_bytes_in_use"}
+    return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
+
+
+class Profile:
+    """A profile of `config.profile_steps` steps, for TensorBoard, in `workdir/profile`."""
+
+    def __init__(self, config: TrainConfig, workdir: Path):
+        self._folder = workdir / "profile"
+        start = config.profile_at
+        self._steps = range(0) if start is None else range(start, start + config.profile_steps)
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Begin with the first of the steps."""
+        if step in self._steps and not self._running:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+
+    def after(self, step: int, values: Any) -> None:
+        """End with the last."""
+        if self._running and step + 1 not in self._steps:
+            jax.block_until_ready(values)
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

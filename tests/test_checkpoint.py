@@ -26,7 +26,7 @@ from contextualstory_jax.data.shapes import TOKENIZER_DIR
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.pipeline import StoryPipeline
-from contextualstory_jax.sharding import make_mesh, shardings
+from contextualstory_jax.sharding import Placement, make_mesh
 
 
 def params(value: float = 1.0, dtype: object = np.float32) -> dict:
@@ -70,7 +70,7 @@ def test_weights_come_back_in_the_dtype_they_were_stored_in(tmp_path, dtype):
 def test_weights_laid_over_a_mesh_come_back(tmp_path):
     stored = params()
     mesh = make_mesh(MeshConfig())
-    save(tmp_path, params=jax.device_put(stored, shardings(stored, mesh)))
+    save(tmp_path, params=jax.device_put(stored, Placement(mesh).shardings(stored)))
 
     assert_same(load_weights(tmp_path, "raw", shapes(stored))[0], stored)
 

@@ -22,7 +22,7 @@ from contextualstory_jax.data.loader import TOKENIZER_DIR, training_source
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.recipes import load_recipe
-from contextualstory_jax.sharding import make_mesh
+from contextualstory_jax.sharding import Placement, make_mesh
 from contextualstory_jax.state import Batch, make_train_step
 from contextualstory_jax.tokenizer import Tokenizer
 
@@ -186,7 +186,7 @@ def test_a_training_step_at_published_size_fits_together(recipe_name):
     mesh = make_mesh(MeshConfig())
     model = StoryModel(recipe.model, jnp.dtype(recipe.compute_dtype))
     null_ids = jnp.asarray(Tokenizer(TOKENIZER_DIR, 77)([""])[0])
-    state = trainer.abstract_state(model, recipe, mesh)
+    state = trainer.abstract_state(model, recipe, Placement(mesh))
     batch = Batch(
         images=jax.ShapeDtypeStruct((recipe.batch_size, 5, 256, 256, 3), np.uint8),
         ids=jax.ShapeDtypeStruct((recipe.batch_size, 5, 77), np.int32),

@@ -20,7 +20,7 @@ from contextualstory_jax.config import MeshConfig, ModelConfig, OptimizerConfig,
 from contextualstory_jax.data.loader import TOKENIZER_DIR
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
-from contextualstory_jax.sharding import make_mesh
+from contextualstory_jax.sharding import Placement, make_mesh
 from contextualstory_jax.state import TrainState, init_state
 from contextualstory_jax.tokenizer import Tokenizer
 from contextualstory_jax.trainer import NonFiniteLoss, train_and_evaluate
@@ -75,7 +75,7 @@ def whole(recipe: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def metrics(workdir: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without the clock's."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-    for name in ("stories_per_second", "data_wait"):
+    for name in ("stories_per_second", "step_time", "data_wait"):
         assert all(line.pop(name) >= 0 for line in lines)
     return lines
 
@@ -260,15 +260,15 @@ def test_every_trained_parameter_has_a_gradient(recipe, tiny_model_config):
         }
         for part, leaves in model.init(0).items()
     }
-    mesh = make_mesh(MeshConfig())
+    placement = Placement(make_mesh(MeshConfig()))
     tokenizer = Tokenizer(TOKENIZER_DIR, tiny_model_config.text_encoder.max_position_embeddings)
     state = jax.device_put(
         init_state(params, recipe),
-        jax.tree.map(lambda s: s.sharding, trainer.abstract_state(model, recipe, mesh)),
+        jax.tree.map(lambda s: s.sharding, trainer.abstract_state(model, recipe, placement)),
     )
-    step = trainer.compile_step(model, recipe, mesh, state, tokenizer)
+    step = trainer.compile_step(model, recipe, placement, state, tokenizer)
 
-    state, _ = step(state, next(trainer.device_batches(recipe, mesh, tokenizer, 0)))
+    state, _ = step(state, next(trainer.device_batches(recipe, placement.mesh, tokenizer, 0)))
 
     moments = state.opt_state[1][0].mu
     dead = [n for part in moments.values() for n, m in part.items() if not np.any(m)]

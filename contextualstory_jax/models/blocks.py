@@ -6,15 +6,22 @@ In mode `conv2d` (continuation) every block begins by overwriting frame 0 of its
 convolution of the clean first frame. The original writes in place, so that where a block's input is
 also a stored skip connection the skip changes too; `put_first_frame` is therefore a call of its own
 and the UNet stores what it returns (`unet.py`).
+
+In training a layer's parts may be computed again in the backward pass instead of being kept
+(`Remat` in `config.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from contextualstory_jax.config import UNetConfig
+from contextualstory_jax.config import Remat, UNetConfig
 from contextualstory_jax.models.attention import KeysValues
 from contextualstory_jax.models.layers import conv1x1
 from contextualstory_jax.models.spatial import (
@@ -28,12 +35,28 @@ from contextualstory_jax.models.temporal import TemporalResnetBlock, TemporalTra
 TextKeysValues = list[list[KeysValues]]  # [layer of the block][block of the transformer]
 
 
+def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
+    """Whether an operation is a matrix product with weights, or a convolution."""
+    of_weights = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive is jax.lax.conv_general_dilated_p or of_weights(
+        primitive, *arguments, **parameters
+    )
+
+
+# What `jax.checkpoint` keeps; attention's scores are never kept.
+REMAT_POLICIES: dict[Remat, Callable[..., bool]] = {
+    "block": _is_product,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 class Block(nnx.Module):
     """What the three kinds of block share: their layers and how one layer runs."""
 
     def __init__(
         self,
         config: UNetConfig,
+        remat: Remat,
         *,
         channels_in: int,
         resnets: list[tuple[int, int]],
@@ -47,6 +70,7 @@ class Block(nnx.Module):
         Args: `resnets`, channels in and out of each; `heads`, spatial attention heads, None for no
         attention of either kind.
         """
+        self.remat: Remat = remat
         channels = resnets[-1][1]
         time_dim = 4 * config.block_out_channels[0]
         mode = config.first_frame_condition_mode
@@ -89,27 +113,38 @@ class Block(nnx.Module):
         self, i: int, x: Float[Array, "b f h w i"], temb: Float[Array, "b f t"]
     ) -> Float[Array, "b f h w c"]:
         """Resnet and temporal convolution of layer i."""
-        x = self.resnets[i](x, temb)
-        return self.conv3ds[i](x) if self.conv3ds else x
+
+        def layer(x: Array, temb: Array) -> Array:
+            x = self.resnets[i](x, temb)
+            return self.conv3ds[i](x) if self.conv3ds else x
+
+        return self._recomputed(layer)(x, temb)
 
     def attend(
         self, i: int, x: Float[Array, "b f h w c"], text: TextKeysValues, see_first_frame: bool
     ) -> Float[Array, "b f h w c"]:
         """Spatial and temporal transformer of layer i, where there are any."""
         if self.attentions:
-            x = self.attentions[i](x, text[i], see_first_frame)
-        return self.tempo_attns[i](x) if self.tempo_attns else x
+            x = self._recomputed(lambda x: self.attentions[i](x, text[i], see_first_frame))(x)
+        return self._recomputed(lambda x: self.tempo_attns[i](x))(x) if self.tempo_attns else x
+
+    def _recomputed(self, layer: Callable[..., Array]) -> Callable[..., Array]:
+        """The layer, with what `remat` says computed again in the backward pass."""
+        if self.remat == "none":
+            return layer
+        return jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat])
 
 
 class DownBlock(Block):
     """Reference: videoldm_unet_blocks.py VideoLDMCrossAttnDownBlock, VideoLDMDownBlock."""
 
-    def __init__(self, config: UNetConfig, level: int):
+    def __init__(self, config: UNetConfig, level: int, remat: Remat):
         channels = config.block_out_channels
         channels_in, channels_out = channels[max(level - 1, 0)], channels[level]
         has_attention = config.down_block_types[level] == "CrossAttnDownBlock2D"
         super().__init__(
             config,
+            remat,
             channels_in=channels_in,
             resnets=[
                 (channels_in if i == 0 else channels_out, channels_out)
@@ -147,10 +182,11 @@ class MidBlock(Block):
     Reference: videoldm_unet_blocks.py VideoLDMUNetMidBlock2DCrossAttn.
     """
 
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: UNetConfig, remat: Remat):
         channels, heads = config.block_out_channels[-1], config.num_attention_heads[-1]
         super().__init__(
             config,
+            remat,
             channels_in=channels,
             resnets=[(channels, channels)] * 2,
             heads=heads,
@@ -174,7 +210,7 @@ class MidBlock(Block):
 class UpBlock(Block):
     """Reference: videoldm_unet_blocks.py VideoLDMCrossAttnUpBlock, VideoLDMUpBlock."""
 
-    def __init__(self, config: UNetConfig, index: int):
+    def __init__(self, config: UNetConfig, index: int, remat: Remat):
         channels = config.block_out_channels[::-1]
         previous, out, skip = (
             channels[max(index - 1, 0)],
@@ -185,6 +221,7 @@ class UpBlock(Block):
         has_attention = config.up_block_types[index] == "CrossAttnUpBlock2D"
         super().__init__(
             config,
+            remat,
             channels_in=previous,
             resnets=[
                 ((previous if i == 0 else out) + (skip if i == layers - 1 else out), out)

@@ -39,13 +39,14 @@ class Network(Generic[M]):
         self.shapes: dict[str, Declaration] = {name: leaves[name][1] for name in self._paths}
 
     def init(self, seed: int) -> Params:
-        """Draw float32 parameters, each a function of the seed and its name."""
-        return {
-            name: declared.initialiser(
-                np.random.default_rng([seed, zlib.crc32(name.encode())]), declared.shape
-            )
-            for name, declared in self.shapes.items()
-        }
+        """Draw all parameters."""
+        return {name: self.draw(seed, name) for name in self.shapes}
+
+    def draw(self, seed: int, name: str) -> np.ndarray:
+        """One parameter's first values, float32: a function of the seed and its name."""
+        declared = self.shapes[name]
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        return declared.initialiser(generator, declared.shape)
 
     def bind(self, params: Mapping[str, jax.Array | np.ndarray], dtype: Any = None) -> M:
         """The module holding `params`, cast to `dtype` where one is given."""

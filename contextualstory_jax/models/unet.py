@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from contextualstory_jax.config import UNetConfig
+from contextualstory_jax.config import Remat, UNetConfig
 from contextualstory_jax.models.blocks import DownBlock, MidBlock, TextKeysValues, UpBlock
 from contextualstory_jax.models.embeddings import TimestepEmbedding, sinusoidal_embedding
 from contextualstory_jax.models.layers import conv3x3, group_norm
@@ -27,7 +27,7 @@ class UNet(nnx.Module):
     Reference: videoldm_unet.py VideoLDMUNet3DConditionModel; paper section "Method".
     """
 
-    def __init__(self, config: UNetConfig):
+    def __init__(self, config: UNetConfig, remat: Remat = "none"):
         self.config = config
         channels, levels = config.block_out_channels, len(config.block_out_channels)
         time_dim = 4 * channels[0]
@@ -46,9 +46,9 @@ class UNet(nnx.Module):
         self.text_adapter = (
             StorylineContextualizer(config) if config.use_text_cross_attention == "FSText" else None
         )
-        self.down_blocks = nnx.List(DownBlock(config, level) for level in range(levels))
-        self.mid_block = MidBlock(config)
-        self.up_blocks = nnx.List(UpBlock(config, index) for index in range(levels))
+        self.down_blocks = nnx.List(DownBlock(config, level, remat) for level in range(levels))
+        self.mid_block = MidBlock(config, remat)
+        self.up_blocks = nnx.List(UpBlock(config, index, remat) for index in range(levels))
         self.conv_norm_out = group_norm(channels[0], config.norm_num_groups, config.norm_eps)
         self.conv_out = conv3x3(channels[0], config.out_channels)
 
