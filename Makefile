@@ -27,6 +27,7 @@ slow: .venv/installed-test ## run the long tests that need nothing more installe
 lint: .venv/installed-dev ## check style and formatting
 	$(VENV) -m ruff check
 	$(VENV) -m ruff format --check
+	$(dir $(VENV))shellcheck --external-sources scripts/*.sh scripts/*.slurm .ci/run
 
 types: .venv/installed-dev ## check types
 	$(VENV) -m pyright

@@ -28,7 +28,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-
 from orbax.checkpoint import checkpoint_managers as policies
 
 from contextualstory_jax.config import ModelConfig, build, require
@@ -151,7 +150,7 @@ class Checkpoints:
         self.folder = folder
         # By name, because a new manager does not know what an item it has not saved consists of.
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
-        kept = [policies.LatestN(keep)]
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_every is not None:
             kept.append(policies.EveryNSteps(keep_every))
         if keep_best:

@@ -379,9 +379,9 @@ class StoryPipeline:
         branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
         null_ids = self.tokenizer([""])[0]
         scales = Scales(
-            np.float32(sampling.guidance_scale),
-            np.float32(sampling.image_guidance_scale),
-            np.float32(sampling.guidance_rescale),
+            jnp.float32(sampling.guidance_scale),
+            jnp.float32(sampling.image_guidance_scale),
+            jnp.float32(sampling.guidance_rescale),
         )
         return self._program(
             branches, self.params, inputs, null_ids, motion, sampler, scales, frameinit

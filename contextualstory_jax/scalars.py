@@ -58,13 +58,16 @@ class NoWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record nothing."""
 
+    def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Show nothing."""
+
     def close(self) -> None:
         """Nothing is open."""
 
 
 def _open_wandb(project: str, workdir: Path) -> Any:
     try:
-        import wandb
+        import wandb  # type: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             "wandb_project needs wandb: pip install 'contextualstory-jax[wandb]'"

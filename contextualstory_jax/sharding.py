@@ -1,10 +1,10 @@
 """Where arrays lie: a named mesh, and rules from a parameter's path to its axes.
 
-The mesh has three axes. Stories are split over `data` and `fsdp`; `fsdp` also splits what is kept of
-each large parameter, its moments and its average; `tensor` splits the matrices themselves, features
-against features. Rules are pairs (path regex, axes of the last dimensions); the first match wins
-and no match means a copy on every device. An axis that does not divide its dimension is dropped.
-Optimizer and EMA follow the parameter they belong to.
+The mesh has three axes. Stories are split over `data` and `fsdp`; `fsdp` also splits what is kept
+of each large parameter, its moments and its average; `tensor` splits the matrix products. Rules are
+pairs (path regex, axes of the last dimensions); the first match wins and no match means a copy on
+every device. An axis that does not divide its dimension is dropped. Optimizer and EMA follow the
+parameter they belong to.
 
 A step computes with a copy of the parameters that is whole along `fsdp` (`whole`), and its
 gradient is brought back to where the parameters are kept (`kept`): the collectives of a step are

@@ -97,11 +97,12 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
     """
     use_compilation_cache()
     require_agreement({"workdir": str(workdir), **dotted(dataclasses.asdict(config))})
-    placement = Placement(make_mesh(config.mesh), config.mesh.rules)
+    mesh = make_mesh(config.mesh)
+    placement = Placement(mesh, config.mesh.rules)
     model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat)
     files = tokenizer_folder(config, workdir)
     tokenizer = Tokenizer(files, config.model.text_encoder.max_position_embeddings)
-    check(config, placement.mesh, tokenizer)
+    check(config, mesh, tokenizer)
     say(placement.check(model.shapes))
     latents = open_latents(config, tokenizer) if config.data.latents else None
     abstract = abstract_state(model, config, placement)
@@ -118,7 +119,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
             require_same_weights(latents.cache, state.frozen)
         by_first(lambda: describe(config, state, workdir))
         step = compile_step(model, config, placement, state, tokenizer, latents)
-        data = device_batches(config, placement.mesh, tokenizer, int(state.step), latents)
+        data = device_batches(config, mesh, tokenizer, int(state.step), latents)
         flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
         validate = validation(model, config, placement, tokenizer) if config.keep_best else None
         with contextlib.closing(open_writer(config, workdir, int(state.step))) as writer:
