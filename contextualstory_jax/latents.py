@@ -45,6 +45,7 @@ from contextualstory_jax.data.latents import (
 from contextualstory_jax.data.loader import training_source
 from contextualstory_jax.data.pictures import fit_square
 from contextualstory_jax.data.preparation import candidates
+from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.storyflow import storyflow
@@ -67,10 +68,10 @@ MEND = "train with what it was made with, or make it anew"
 def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
     """The training split of a recipe, read from the cache that it names.
 
-    Raises `UserError` where the cache is damaged, or was made by another recipe or of other
-    stories, and where the recipe trains what the cache was made with.
+    Raises `UserError` where the cache is damaged, cannot be copied from its URL, or was made by
+    another recipe or of other stories, and where the recipe trains what the cache was made with.
     """
-    cache = LatentCache.open(Path(config.data.latents or ""))
+    cache = LatentCache.open(local_copy(config.data.latents or ""))
     shapes = StoryModel(config.model).shapes
     for name in (f"{part}.{name}" for part in ENCODERS for name in shapes[part]):
         require(

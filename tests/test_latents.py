@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +161,19 @@ def test_a_prepared_dataset_and_the_published_folder_share_a_cache(recipe, cache
     np.testing.assert_array_equal(
         read["mean"], EncodedStories(stories_on_disk(recipe), cache).read([(1, 3)])["mean"]
     )
+
+
+def test_a_cache_at_a_url_is_read_as_one_on_this_machine(
+    recipe, cache, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fsspec.filesystem("memory").put(str(cache.folder), "/bucket/latents", recursive=True)
+
+    there = open_latents(with_data(recipe, latents="memory://bucket/latents"), tokenizer)
+
+    here = open_latents(with_cache(recipe, cache), tokenizer)
+    assert tmp_path in there.cache.folder.parents
+    jax.tree.map(np.testing.assert_array_equal, there.read([(0, 0)]), here.read([(0, 0)]))
 
 
 @pytest.mark.slow
