@@ -91,6 +91,7 @@ def test_a_copy_holds_every_file_and_lies_in_the_user_s_cache_folder(tmp_path):
     assert contents(folder) == FILES
     assert folder.parent == tmp_path / "cache" / "contextualstory_jax" / "data"
     assert folder.name.startswith("prepared-")
+    assert copy_anew(f"{URL}/") == folder
     assert copy_anew("memory://bucket") != folder
 
 
@@ -137,7 +138,7 @@ def test_what_is_no_longer_there_goes():
     [
         (
             OSError(errno.ENOSPC, "No space left"),
-            "two cannot be .*No space left.*; make room, or set",
+            "No space left.*; make room, or set XDG",
         ),
         (ConnectionError("lost\nand more"), r"two cannot be copied to .* \(lost\); run again to"),
     ],

@@ -38,8 +38,9 @@ def local_copy(root: str) -> Path:
     """
     if "://" not in root:
         return Path(root)
+    root = root.rstrip("/")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = f"{root.rstrip('/').rpartition('/')[2]}-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
+    name = f"{root.rpartition('/')[2]}-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
     folder = base / "contextualstory_jax" / "data" / name
     files, system = _listed(root)
     with _locked(folder):
