@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +401,26 @@ def choose_weights(
         f"checkpoint {step} of {folder} lacks {len(lacking)} parameters: {', '.join(lacking[:3])}",
     )
     return step, {**meta, "weights": weights}, names
+
+
+def write_storyflow(folder: Path, storyflow: Sequence[float]) -> int:
+    """Give the newest checkpoint other mean scene changes, whole or not at all; returns its step.
+
+    All processes are to call it. Raises `UserError` where there is no checkpoint, and where it
+    cannot be written.
+    """
+    step = latest_step(folder)
+    if step is None:
+        raise UserError(f"{folder} has no whole checkpoint yet; train it, or name another")
+    with Checkpoints(folder) as checkpoints:
+        meta = checkpoints.meta(step)
+    try:
+        if jax.process_index() == 0:
+            path = folder / "checkpoints" / str(step) / "meta" / "metadata"  # as orbax names it
+            write_text(path, json.dumps({**meta, "storyflow": list(storyflow)}))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    return step
 
 
 def contents(items: Mapping[str, Any]) -> dict[str, dict]:

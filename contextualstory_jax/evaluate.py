@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.cli import ArgumentParser, run, split_overrides
 from contextualstory_jax.config import DataConfig, require
+from contextualstory_jax.processes import add_arguments, connect
 from contextualstory_jax.recipes import load_recipe
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, DataConfig]:
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: ema where it is")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="stories (8)")
+    add_arguments(parser)
     argv, overrides = split_overrides(argv)
     arguments = parser.parse_args(argv)
     require(
@@ -63,6 +65,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, DataConfig]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for bad input."""
     arguments, data = parse(sys.argv[1:] if argv is None else argv)
+    connect(arguments)
 
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.
     import jax

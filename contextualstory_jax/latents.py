@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from contextualstory_jax.checkpoint import load_weights, read_model, refuse_another, write_text
 from contextualstory_jax.config import ModelConfig, TrainConfig, dotted, require
+from contextualstory_jax.data.example import FRAMES
 from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.latents import (
     ABOUT,
@@ -45,6 +46,7 @@ from contextualstory_jax.data.latents import (
 from contextualstory_jax.data.loader import training_source
 from contextualstory_jax.data.pictures import fit_square
 from contextualstory_jax.data.preparation import candidates
+from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.storyflow import storyflow
@@ -67,10 +69,10 @@ MEND = "train with what it was made with, or make it anew"
 def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
     """The training split of a recipe, read from the cache that it names.
 
-    Raises `UserError` where the cache is damaged, or was made by another recipe or of other
-    stories, and where the recipe trains what the cache was made with.
+    Raises `UserError` where the cache is damaged, cannot be copied from its URL, or was made by
+    another recipe or of other stories, and where the recipe trains what the cache was made with.
     """
-    cache = LatentCache.open(Path(config.data.latents or ""))
+    cache = LatentCache.open(local_copy(config.data.latents or ""))
     shapes = StoryModel(config.model).shapes
     for name in (f"{part}.{name}" for part in ENCODERS for name in shapes[part]):
         require(
@@ -131,8 +133,8 @@ def stories_on_disk(config: TrainConfig) -> StorySource:
     source = training_source(config.data, config.model.height)
     if not isinstance(source, StorySource):
         raise UserError(
-            f"data.name = {config.data.name!r} never runs out of stories, which no latent cache "
-            "can hold; name a dataset on disk"
+            f"data.name = {config.data.name!r} never runs out of stories, so that no pass over "
+            "all of them ends; name a dataset on disk"
         )
     return source
 
@@ -183,10 +185,31 @@ def cache_latents(config: TrainConfig, checkpoint: Path, out: Path) -> LatentCac
             np.save(work / PICTURES, counts)
         sync_global_devices("moments and text are written")
         stories = EncodedStories(source, LatentCache(work, about))
-        about["storyflow"] = encoder.storyflow_mean(stories, config.seed)
+        about["storyflow"] = encoder.storyflow_mean(
+            len(stories), lambda some: stories.moments([(n, 0) for n in some]), config.seed
+        )
         if jax.process_index() == 0:
             write_text(work / ABOUT, json.dumps(about, indent=2))
     return LatentCache.open(out)
+
+
+def storyflow_of_split(config: TrainConfig, checkpoint: Path) -> list[float]:
+    """The mean scene changes of a recipe's training split, as in a latent cache, but without one.
+
+    Raises `UserError` where the checkpoint's codec or text tower are not the recipe's, and where a
+    picture cannot be read.
+    """
+    source, encoder = stories_on_disk(config), Encoder(config, checkpoint)
+    stories = grain.MapDataset.source(list(_share(len(source))))
+    examples = stories.map(lambda n: source.example(n, 0)).to_iter_dataset(READ_AHEAD)
+    encoded = encoder.moments(picture for example in examples for picture in example.images)
+
+    def moments(some: range) -> tuple[np.ndarray, np.ndarray]:
+        frames = np.stack(list(islice(encoded, FRAMES * len(some))))
+        frames = frames.reshape(len(some), FRAMES, *frames.shape[1:])
+        return frames[:, :, 0], frames[:, :, 1]
+
+    return encoder.storyflow_mean(len(source), moments, config.seed)
 
 
 class Encoder:
@@ -223,11 +246,14 @@ class Encoder:
 
         return self._each(self._text, ids(), SENTENCES_AT_ONCE)
 
-    def storyflow_mean(self, stories: EncodedStories, seed: int) -> list[float]:
-        """The mean scene changes of all stories, as training sees them in its first epoch.
+    def storyflow_mean(
+        self, count: int, moments: Callable[[range], tuple[np.ndarray, np.ndarray]], seed: int
+    ) -> list[float]:
+        """The mean scene changes of `count` stories; each process reads its share, in order.
 
         Of latents drawn from the posteriors, because it stands for the values of such latents that
-        the UNet is trained on; those of the means are smaller.
+        the UNet is trained on; those of the means are smaller. Args: `moments`, means and logs of
+        variances (b, 5, p, q, c) of some stories, as training sees them in its first epoch.
         """
 
         @jax.jit
@@ -235,19 +261,20 @@ class Encoder:
             keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(numbers)
             return storyflow(self.model.sample(Moments(mean, logvar), keys))
 
-        part, size = _share(len(stories)), STORIES_AT_ONCE * self.mesh.size
+        part, size = _share(count), STORIES_AT_ONCE * self.mesh.size
         total = np.zeros(self.model.config.unet.n_frames - 1)
         bar = tqdm(total=len(part), unit="story", disable=jax.process_index() > 0)
         for first in range(part.start, part.stop, size):
-            count = min(size, part.stop - first)
-            numbers = np.minimum(np.arange(first, first + size), part.stop - 1)
-            moments = stories.moments([(int(number), 0) for number in numbers])
-            values = flows(*jax.device_put((numbers, *moments), self._sharded))
-            total += np.asarray(values, np.float64)[:count].sum(axis=0)
-            bar.update(count)
+            some = range(first, min(first + size, part.stop))
+            padding = [(0, size - len(some))] + [(0, 0)] * 4
+            padded = [np.pad(array, padding, mode="edge") for array in moments(some)]
+            numbers = np.arange(first, first + size)
+            values = flows(*jax.device_put((numbers, *padded), self._sharded))
+            total += np.asarray(values, np.float64)[: len(some)].sum(axis=0)
+            bar.update(len(some))
         bar.close()
         sums = process_allgather(total.astype(np.float32)).sum(axis=0)
-        return (sums / len(stories)).tolist()
+        return (sums / count).tolist()
 
     @property
     def _sharded(self) -> NamedSharding:

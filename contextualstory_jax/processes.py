@@ -44,8 +44,6 @@ def connect(arguments: argparse.Namespace) -> None:
     Raises `UserError` for arguments that do not go together. Where the others do not come in time,
     the process ends with one line and status 2.
     """
-    import jax
-
     given = (arguments.coordinator, arguments.processes, arguments.process)
     seconds = arguments.connect_seconds
     require(seconds >= 1, f"--connect-seconds must be at least 1; got {seconds}")
@@ -65,6 +63,8 @@ def connect(arguments: argparse.Namespace) -> None:
             f"--process must be in 0..{arguments.processes - 1}; got {arguments.process}",
         )
         where = f"all {arguments.processes} at {arguments.coordinator}"
+
+    import jax
 
     def give_up() -> None:
         print(

@@ -3,7 +3,8 @@
     python scripts/benchmark_latents.py
 
 Overlapping stories share frames, as PororoSV's do. The cache is written where temporary files are,
-and deleted.
+and deleted. Beside the rate of a clock is that of one core's time, on which other work on the
+machine counts little. The target is 2,000 stories a second on two cores.
 """
 
 from __future__ import annotations
@@ -85,16 +86,18 @@ def made_up_cache(folder: Path, stories: int, text: tuple[int, int], dtype: str)
     return EncodedStories(source, LatentCache.open(folder))
 
 
-def stories_per_second(stories: EncodedStories, batch_size: int, seconds: float) -> float:
-    """How many stories training's reader gives, in its random order."""
+def stories_per_second(
+    stories: EncodedStories, batch_size: int, seconds: float
+) -> tuple[float, float]:
+    """How many stories training's reader gives, in its random order, and in one core's time."""
     batches = read_batches(stories.read, len(stories), batch_size, seed=0)
     for _ in range(5):  # which are read ahead
         next(batches)
-    began, count = time.monotonic(), 0
+    began, began_work, count = time.monotonic(), time.process_time(), 0
     while time.monotonic() < began + seconds:
         next(batches)
         count += batch_size
-    return count / (time.monotonic() - began)
+    return count / (time.monotonic() - began), count / (time.process_time() - began_work)
 
 
 def main() -> None:
@@ -108,8 +111,9 @@ def main() -> None:
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:
                 stories = made_up_cache(Path(folder), arguments.stories, text, dtype)
-                speed = stories_per_second(stories, arguments.batch_size, arguments.seconds)
-            print(f"text of {name} ({dtype}): {speed:.0f} stories/s", flush=True)
+                rate, of_core = stories_per_second(stories, arguments.batch_size, arguments.seconds)
+            said = f"{rate:.0f} stories/s, {of_core:.0f} in a second of one core's time"
+            print(f"text of {name} ({dtype}): {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,10 @@ def rehearse(dataset: str, folder: Path) -> Path:
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()]
     assert steps == list(range(1, STEPS + 1)), f"steps are missing or double: {steps}"
     python(
+        ROOT / "scripts" / "storyflow_mean.py",
+        *("--config", RECIPE, "--checkpoint", workdir, "--write", *data),
+    )
+    python(
         *("-m", "contextualstory_jax.evaluate", "--config", RECIPE, *data),
         *("--checkpoint", workdir, "--out", drawn),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from contextualstory_jax.checkpoint import (
     load_weights,
     read_model,
     write_model,
+    write_storyflow,
     write_weights,
 )
 from contextualstory_jax.config import MeshConfig
@@ -65,6 +67,41 @@ def test_weights_come_back_in_the_dtype_they_were_stored_in(tmp_path, dtype):
 
     assert_same(found, stored)
     assert (meta["step"], meta["storyflow"]) == (3, [1.0] * 4)
+
+
+def test_the_newest_checkpoint_is_given_another_storyflow_mean(tmp_path):
+    stored = params()
+    for step in (3, 5):
+        save(tmp_path, step, params=stored)
+
+    assert write_storyflow(tmp_path, [4.0, 3.0, 2.0, 1.5]) == 5
+
+    found, meta = load_weights(tmp_path, "raw", shapes(stored))
+    assert_same(found, stored)
+    assert (meta["step"], meta["storyflow"]) == (5, [4.0, 3.0, 2.0, 1.5])
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.meta(3)["storyflow"] == [1.0] * 4
+        assert checkpoints.meta(5).keys() == checkpoints.meta(3).keys()
+
+
+def test_a_storyflow_mean_that_cannot_be_written_leaves_the_one_that_was(tmp_path, monkeypatch):
+    save(tmp_path, params=params())
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(UserError, match="^cannot write to .*: No space left on device$"):
+            write_storyflow(tmp_path, [2.0] * 4)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.meta(3)["storyflow"] == [1.0] * 4
+
+
+def test_a_folder_without_checkpoints_has_no_storyflow_mean(tmp_path):
+    with pytest.raises(UserError, match="has no whole checkpoint yet; train it, or name another$"):
+        write_storyflow(tmp_path, [2.0] * 4)
 
 
 def test_weights_laid_over_a_mesh_come_back(tmp_path):

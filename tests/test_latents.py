@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import runpy
 import shutil
 import socket
 import subprocess
@@ -13,12 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from contextualstory_jax import latents, trainer
+from contextualstory_jax import latents, recipes, trainer
 from contextualstory_jax.checkpoint import Checkpoints
 from contextualstory_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig, build
 from contextualstory_jax.data.latents import EncodedStories, LatentCache, tabulate
@@ -27,6 +29,7 @@ from contextualstory_jax.errors import UserError
 from contextualstory_jax.latents import cache_latents, open_latents, stories_on_disk
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.storyflow import storyflow
+from contextualstory_jax.pipeline import StoryPipeline
 from contextualstory_jax.sharding import make_mesh
 from contextualstory_jax.state import encode
 from contextualstory_jax.tokenizer import Tokenizer
@@ -144,6 +147,27 @@ def test_the_storyflow_mean_is_that_of_drawn_latents_of_the_first_epoch(recipe, 
     assert f"mean StoryFlow values {cache.storyflow[0]:.3g}, " in str(cache)
 
 
+def test_the_storyflow_mean_is_the_same_without_a_cache_and_is_stored_where_drawing_finds_it(
+    recipe, cache, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(latents, "STORIES_AT_ONCE", 2)  # of three: the last batch is not full
+    monkeypatch.setattr(recipes, "load_recipe", lambda *_: recipe)
+    main = runpy.run_path(str(ROOT / "scripts" / "storyflow_mean.py"))["main"]
+    checkpoint = shutil.copytree(str(recipe.init_from), tmp_path / "checkpoint")
+    before = StoryPipeline.load(checkpoint).storyflow
+
+    def run(*more: str) -> str:
+        main(["--config", "a.py", "--checkpoint", str(checkpoint), *more])
+        return capsys.readouterr().out
+
+    shown = run()
+    assert shown == f"mean StoryFlow values: {', '.join(f'{v:.6g}' for v in cache.storyflow)}\n"
+    np.testing.assert_array_equal(StoryPipeline.load(checkpoint).storyflow, before)
+
+    assert run("--write") == f"{shown}stored in checkpoint 0 of {checkpoint}\n"
+    np.testing.assert_allclose(StoryPipeline.load(checkpoint).storyflow, cache.storyflow, rtol=1e-5)
+
+
 def test_a_prepared_dataset_and_the_published_folder_share_a_cache(recipe, cache, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     from contextualstory_jax.data.preparation import prepare
@@ -160,6 +184,19 @@ def test_a_prepared_dataset_and_the_published_folder_share_a_cache(recipe, cache
     np.testing.assert_array_equal(
         read["mean"], EncodedStories(stories_on_disk(recipe), cache).read([(1, 3)])["mean"]
     )
+
+
+def test_a_cache_at_a_url_is_read_as_one_on_this_machine(
+    recipe, cache, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fsspec.filesystem("memory").put(str(cache.folder), "/bucket/latents", recursive=True)
+
+    there = open_latents(with_data(recipe, latents="memory://bucket/latents"), tokenizer)
+
+    here = open_latents(with_cache(recipe, cache), tokenizer)
+    assert tmp_path in there.cache.folder.parents
+    jax.tree.map(np.testing.assert_array_equal, there.read([(0, 0)]), here.read([(0, 0)]))
 
 
 @pytest.mark.slow
@@ -346,24 +383,23 @@ def test_a_disk_that_fills_up_is_named(recipe, tmp_path, monkeypatch):
 WITHOUT_JAX = """
 import runpy, sys
 sys.modules["jax"] = None
-runpy.run_path("scripts/cache_latents.py", run_name="__main__")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
+REQUIRED = "error: the following arguments are required: --ch"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("script", "arguments", "status", "said"),
     [
-        (["--help"], 0, "--config FILE.py --checkpoint DIR --out DIR [--config.key=value ...]"),
-        (
-            ["--config", "a.py", "--out", "b"],
-            2,
-            "error: the following arguments are required: --ch",
-        ),
+        ("cache_latents", ["--help"], 0, "--checkpoint DIR --out DIR [--config.key=value ...]"),
+        ("cache_latents", ["--config", "a.py", "--out", "b"], 2, REQUIRED),
+        ("storyflow_mean", ["--help"], 0, "--checkpoint DIR [--write] [--config.key=value ...]"),
+        ("storyflow_mean", ["--config", "a.py"], 2, REQUIRED),
     ],
 )
-def test_help_and_wrong_arguments_need_no_jax(arguments, status, said):
+def test_help_and_wrong_arguments_need_no_jax(script, arguments, status, said):
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_JAX, *arguments],
+        [sys.executable, "-c", WITHOUT_JAX, f"scripts/{script}.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -382,10 +418,12 @@ from pathlib import Path
 number, processes, port, recipe, out = sys.argv[1:]
 if processes != "1":
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(number))
-from contextualstory_jax.latents import cache_latents
+from contextualstory_jax.latents import cache_latents, storyflow_of_split
 from contextualstory_jax.recipes import train_config
 config = train_config(json.loads(Path(recipe).read_text()))
 cache_latents(config, Path(config.init_from), Path(out))
+mean = storyflow_of_split(config, Path(config.init_from))
+Path(f"{out}-{number}.json").write_text(json.dumps(mean))
 """
 
 
@@ -422,3 +460,6 @@ def test_several_devices_and_processes_make_the_same_cache(
     close(made.text(np.arange(sentences)), cache.text(np.arange(sentences)))
     np.testing.assert_array_equal(made.picture_counts, cache.picture_counts)
     np.testing.assert_allclose(made.storyflow, cache.storyflow, rtol=1e-5)
+    for number in range(processes):
+        mean = json.loads((tmp_path / f"out-{number}.json").read_text())
+        np.testing.assert_allclose(mean, cache.storyflow, rtol=1e-5)

@@ -158,6 +158,17 @@ def test_the_builder_alone_prepares_the_same_pictures_and_stories(tmp_path, monk
     assert [builder.kind for builder in made] == ["pictures", "stories"]
 
 
+def test_a_picture_is_serialized_as_tensorflow_datasets_does():
+    pytest.importorskip("tensorflow_datasets")
+    from contextualstory_jax.data.builders import _features, picture_serializer
+
+    features, pixels = _features("pictures", SIZE), picture("somewhere", SIZE)
+
+    record = picture_serializer(features, SIZE)(pixels)
+
+    assert record == features.serialize_example({"picture": pixels})
+
+
 def test_a_pickled_source_is_small_and_reads_the_same(tmp_path):
     prepare(published("folder", tmp_path / "source"), tmp_path / "out")
     source = PreparedSource(tmp_path / "out", "test", SIZE)

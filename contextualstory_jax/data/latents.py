@@ -36,9 +36,9 @@ KEYS = {"stories", "settings", "tokenizer", "weights", "moments", "text", "story
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(bfloat16)}
 
 READ = "readahead_buffer_size:0"  # of ArrayRecord: rows are read in random order
-# Records read in one call, and by how many threads at once. In larger groups the memory of records
-# that are copied is returned and asked for again each time, which takes longer than to read them.
-TOGETHER, READERS = 16, 4
+# Threads, each of which reads record by record: for several in one call ArrayRecord starts threads
+# of its own, and takes half as long again of the processor's time.
+READERS = 4
 
 
 class StoryTable(NamedTuple):
@@ -108,20 +108,17 @@ class Records:
         Raises ValueError or RuntimeError for damaged records.
         """
         files = np.searchsorted(self._ends, rows, side="right")
+        first = np.concatenate([[0], self._ends[:-1]])[files]
+        where = list(zip(files.tolist(), (rows - first).tolist(), strict=True))
 
-        def read_some(file: int, places: Integer[np.ndarray, " m"]) -> None:
-            first = self._ends[file - 1] if file else 0
-            records = self._readers[file].read((rows[places] - first).tolist())
-            for place, record in zip(places, records, strict=True):
-                put(int(place), np.frombuffer(record, self.dtype).reshape(self.shape))
+        def read_some(places: range) -> None:
+            for place in places:
+                file, number = where[place]
+                (record,) = self._readers[file].read([number])
+                put(place, np.frombuffer(record, self.dtype).reshape(self.shape))
 
-        jobs = [
-            (file, places[i : i + TOGETHER])
-            for file in np.unique(files).tolist()
-            for places in [np.flatnonzero(files == file)]
-            for i in range(0, len(places), TOGETHER)
-        ]
-        list(self._pool.map(read_some, *zip(*jobs, strict=True)))
+        parts = [range(reader, len(rows), READERS) for reader in range(READERS)]
+        list(self._pool.map(read_some, parts))
 
 
 class LatentCache:

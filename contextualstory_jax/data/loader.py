@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import grain
@@ -18,6 +17,7 @@ from contextualstory_jax.config import DataConfig, require
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.prepared import PreparedSource, is_prepared, require_settings
+from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
 from contextualstory_jax.data.sources import open_source
 
@@ -46,17 +46,18 @@ Read = Callable[[Sequence[tuple[int, int]]], dict[str, np.ndarray]]
 def open_stories(config: DataConfig, split: str, size: int) -> StorySource | ShapesSource:
     """One split of the recipe's stories, pictures of `size` x `size`.
 
-    `config.root` may be a folder as published or as prepared. Raises `UserError` where it is
-    neither, does not have the split, or was prepared with other settings.
+    `config.root` may be a folder as published or as prepared, or the URL of one. Raises `UserError`
+    where it is neither, cannot be copied, does not have the split, or was prepared with other
+    settings.
     """
     if config.name == "shapes":
         return ShapesSource(config.seed, split, size)
     require(
         config.root is not None,
         f"data.name = {config.name!r} needs data.root, the folder that holds the dataset as it "
-        "was published or prepared: add --config.data.root=DIR",
+        "was published or prepared, or its URL: add --config.data.root=DIR",
     )
-    root = Path(config.root or "")
+    root = local_copy(config.root or "")
     if is_prepared(root):
         source = PreparedSource(root, split, size, seed=config.seed)
         require_settings(source, config)

@@ -69,4 +69,6 @@ def fit_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "h h 3"]:
     width, height = (size, other) if image.width == short else (other, size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    if width != height:
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image)

@@ -303,7 +303,9 @@ def _write_shard(
     number: int, shard: PictureShard, features: tfds.features.FeaturesDict, path: Path
 ) -> tuple[int, _Note]:
     """Write one shard of pictures, and then its note."""
-    note = _Note([], {})
+    from contextualstory_jax.data.builders import picture_serializer
+
+    note, serialize = _Note([], {}), picture_serializer(features, shard.size)
     with _writer(path) as write:
         for file in shard.paths:
             try:
@@ -311,7 +313,7 @@ def _write_shard(
             except UserError as error:
                 records, note.broken[str(file)] = [], str(error)
             for record in records:
-                write(features.serialize_example(record))
+                write(serialize(record["picture"]))
             note.counts.append(len(records))
     _write_text(_note_path(path), json.dumps(note))
     return number, note

@@ -1,0 +1,168 @@
+"""Folders of data elsewhere, such as `gs://BUCKET/FOLDER`, copied to this machine to be read.
+
+ArrayRecord reads local files only. A folder is copied once a machine, into the user's cache folder
+(XDG_CACHE_HOME says where that is); later only what was changed since. Any URL of fsspec will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from tqdm import tqdm
+
+from contextualstory_jax.config import require
+from contextualstory_jax.data.index import check_inside
+from contextualstory_jax.errors import UserError
+
+AT_ONCE = 8  # files
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+ROOM = "make room, or set XDG_CACHE_HOME to a folder on another disk"
+
+
+@functools.cache  # so that a run asks once, and goes on without the network
+def local_copy(root: str) -> Path:
+    """A folder on this machine: `root` itself, or, of a URL, a copy that is whole.
+
+    Raises `UserError` where nothing is at the URL or it cannot be copied; what was copied is kept.
+    """
+    if "://" not in root:
+        return Path(root)
+    root = root.rstrip("/")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = f"{root.rpartition('/')[2]}-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
+    folder = base / "contextualstory_jax" / "data" / name
+    files, system = _listed(root)
+    with _locked(folder):
+        for path in [path for path in folder.rglob("*") if path.is_file()]:
+            if str(path.relative_to(folder)) not in files:
+                path.unlink()  # unfinished, or no longer there
+        missing = {name: i for name, i in files.items() if not _is_copy(folder / name, i)}
+        if missing:
+            _copy(root, system, missing, folder)
+    return folder
+
+
+def _listed(root: str) -> tuple[dict[str, Mapping[str, Any]], fsspec.AbstractFileSystem]:
+    """What fsspec says of each file, by its path in the folder, and how to reach them."""
+    nothing = f"there is nothing at {root}; check the names of bucket and folder"
+    try:
+        system, path = fsspec.core.url_to_fs(root)
+        system.invalidate_cache()
+        found = system.find(path, detail=True)
+    except FileNotFoundError as error:
+        raise UserError(nothing) from error
+    except ImportError as error:
+        google = root.startswith(("gs:", "gcs:"))
+        mend = "pip install 'contextualstory-jax[gcs]'" if google else "install it"
+        raise UserError(f"{root} cannot be read ({_reason(error)}): {mend}") from error
+    except Exception as error:  # of many kinds: the store's, its transport's
+        raise UserError(
+            f"{root} cannot be read ({_reason(error)}); check the name, the network and your "
+            "access to it"
+        ) from error
+    files = {
+        name.removeprefix(path).strip("/"): info
+        for name, info in found.items()
+        if not name.endswith("/")  # stores have such files in place of folders
+    }
+    require(bool(files), nothing)
+    require("" not in files, f"{root} is a file; name the folder that it is in")
+    sizes = [info.get("size") for info in files.values()]
+    require(None not in sizes, f"{root} does not tell how large its files are; copy it by hand")
+    return {check_inside(name, root): info for name, info in files.items()}, system
+
+
+def _copy(
+    root: str,
+    system: fsspec.AbstractFileSystem,
+    files: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+) -> None:
+    """Copy files, each of which gets its name when it is whole."""
+    needed, free = sum(info["size"] for info in files.values()), shutil.disk_usage(folder).free
+    require(
+        needed < free,
+        f"the copy of {root} in {folder} needs {needed / 1e9:.1f} GB more, and its disk has "
+        f"{free / 1e9:.1f} GB left; {ROOM}",
+    )
+    bar = tqdm(total=needed, desc=root, unit="B", unit_scale=True, dynamic_ncols=True)
+
+    class Progress(fsspec.Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            bar.update(inc)
+
+    told: Any = Progress()  # fsspec's own annotation admits its default alone
+
+    def fetch(name: str) -> None:
+        info, path = files[name], folder / name
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            system.get_file(info["name"], str(temporary), callback=told)
+            size = temporary.stat().st_size
+            require(size == info["size"], f"{root}/{name} was cut short; run again to go on")
+            if (when := _when(info)) is not None:
+                os.utime(temporary, (when, when))
+            temporary.replace(path)
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds, as above, and the disk's
+            full = isinstance(error, OSError) and error.errno in FULL
+            mend = ROOM if full else "run again to go on"
+            raise UserError(
+                f"{root}/{name} cannot be copied to {path} ({_reason(error)}); {mend}"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    with bar, ThreadPoolExecutor(AT_ONCE) as pool:
+        futures = [pool.submit(fetch, name) for name in files]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_copy(path: Path, info: Mapping[str, Any]) -> bool:
+    """Whether a file is as large and as old as what fsspec says."""
+    if not path.is_file() or path.stat().st_size != info["size"]:
+        return False
+    when = _when(info)
+    return when is None or int(path.stat().st_mtime) == int(when)
+
+
+def _when(info: Mapping[str, Any]) -> float | None:
+    """When a file was written, in seconds; stores say it under several names, or not at all."""
+    for key in ("mtime", "LastModified", "last_modified", "created"):
+        if (when := info.get(key)) is not None:
+            return when.timestamp() if hasattr(when, "timestamp") else float(when)
+    return None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder this process's own for a time; others wait, and then find it filled."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f"{folder.name}.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; {ROOM}") from error
+    with lock:
+        yield
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

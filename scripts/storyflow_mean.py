@@ -1,0 +1,49 @@
+"""The mean StoryFlow values of a recipe's training split, and into a checkpoint with them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from contextualstory_jax.cli import ArgumentParser, run, split_overrides
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's arguments, and its overrides `key=value`."""
+    parser = ArgumentParser(
+        usage="%(prog)s --config FILE.py --checkpoint DIR [--write] [--config.key=value ...]",
+        description="The mean of the StoryFlow values of all of a recipe's training stories, in "
+        "latents of a checkpoint's codec: what drawing uses. A training run stores that of the "
+        "stories it has seen so far, or of all where it reads a latent cache.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE.py", help="the recipe whose stories to read")
+    add("--checkpoint", required=True, type=Path, metavar="DIR", help="its folder, or a workdir")
+    add("--write", action="store_true", help="store the mean in the newest checkpoint of DIR")
+    argv, overrides = split_overrides(argv)
+    return parser.parse_args(argv), overrides
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Raises `UserError` for bad input."""
+    arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+    # JAX takes seconds to import, and --help need not wait for it.
+    from contextualstory_jax.checkpoint import write_storyflow
+    from contextualstory_jax.compilation import use_compilation_cache
+    from contextualstory_jax.latents import storyflow_of_split
+    from contextualstory_jax.recipes import load_recipe
+
+    config = load_recipe(arguments.config, overrides)
+    use_compilation_cache()
+    mean = storyflow_of_split(config, arguments.checkpoint)
+    print("mean StoryFlow values:", ", ".join(f"{value:.6g}" for value in mean))
+    if arguments.write:
+        step = write_storyflow(arguments.checkpoint, mean)
+        print(f"stored in checkpoint {step} of {arguments.checkpoint}")
+
+
+if __name__ == "__main__":
+    run(main)
