@@ -24,6 +24,8 @@ from contextualstory_jax.errors import UserError
 
 # JAX takes seconds to import, and --help need not wait for it.
 
+COMPILE_SECONDS = 3600  # that one process may compile longer than another
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options by which processes meet, for a command that may run in several."""
@@ -162,6 +164,30 @@ def all_succeed(action: Callable[[], None], kind: type[UserError]) -> str | None
     except kind as error:
         problem = str(error)
     return next((text for text in gather(problem) if text), None)
+
+
+def compiled_together(function: Any) -> Callable[..., Any]:
+    """A jitted function that all processes begin to run at the same time, however long one compiles.
+
+    What they run together waits for a late one for seconds only.
+    """
+    import jax
+    from orbax.checkpoint import multihost
+
+    if jax.process_count() == 1:
+        return function
+    compiled: dict[Any, Callable[..., Any]] = {}
+
+    def call(*arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if key not in compiled:
+            compiled[key] = function.lower(*arguments).compile()
+            wait = multihost.get_barrier_sync_fn()
+            wait(key="compiled", timeout_ms=1000 * COMPILE_SECONDS)
+        return compiled[key](*arguments)
+
+    return call
 
 
 class StopRequest:

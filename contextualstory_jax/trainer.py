@@ -58,6 +58,7 @@ from contextualstory_jax.processes import (
     StopRequest,
     all_succeed,
     by_first,
+    compiled_together,
     is_first,
     require_agreement,
     say,
@@ -119,6 +120,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
             require_same_weights(latents.cache, state.frozen)
         by_first(lambda: describe(config, state, workdir))
         step = compile_step(model, config, placement, state, tokenizer, latents)
+        step = compiled_together(step)
         data = device_batches(config, mesh, tokenizer, int(state.step), latents)
         flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
         validate = validation(model, config, placement, tokenizer) if config.keep_best else None
@@ -279,6 +281,7 @@ def validation(
         make_validation(model, config, np.asarray(tokenizer([""])[0]), placement),
         out_shardings=NamedSharding(placement.mesh, PartitionSpec()),
     )
+    compute = compiled_together(compute)
     return lambda state: float(compute(state.ema_params, state.frozen, batch))
 
 

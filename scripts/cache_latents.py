@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contextualstory_jax.cli import ArgumentParser, run, split_overrides
+from contextualstory_jax.processes import add_arguments, connect, say
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -30,6 +31,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "(init_from), or its workdir",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="a folder that is not there")
+    add_arguments(parser)
     argv, overrides = split_overrides(argv)
     return parser.parse_args(argv), overrides
 
@@ -43,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from contextualstory_jax.recipes import load_recipe
 
     config = load_recipe(arguments.config, overrides)
+    connect(arguments)
     use_compilation_cache()
-    print(cache_latents(config, arguments.checkpoint, arguments.out))
+    say(str(cache_latents(config, arguments.checkpoint, arguments.out)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contextualstory_jax.cli import ArgumentParser, run, split_overrides
+from contextualstory_jax.processes import add_arguments, connect, is_first, say
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -23,6 +24,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--config", required=True, metavar="FILE.py", help="the recipe whose stories to read")
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="its folder, or a workdir")
     add("--write", action="store_true", help="store the mean in the newest checkpoint of DIR")
+    add_arguments(parser)
     argv, overrides = split_overrides(argv)
     return parser.parse_args(argv), overrides
 
@@ -37,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from contextualstory_jax.recipes import load_recipe
 
     config = load_recipe(arguments.config, overrides)
+    connect(arguments)
     use_compilation_cache()
     mean = storyflow_of_split(config, arguments.checkpoint)
-    print("mean StoryFlow values:", ", ".join(f"{value:.6g}" for value in mean))
-    if arguments.write:
+    say("mean StoryFlow values: " + ", ".join(f"{value:.6g}" for value in mean))
+    if arguments.write and is_first():
         step = write_storyflow(arguments.checkpoint, mean)
         print(f"stored in checkpoint {step} of {arguments.checkpoint}")
 

@@ -66,7 +66,7 @@ MAY_IMPORT = {
 # Libraries that few rooms hide from the others, and those that the package does without.
 ONLY_IN = {
     "flax": {"models"},
-    "orbax": {"checkpoint", "streaming"},
+    "orbax": {"checkpoint", "streaming", "processes"},  # the last for its barrier
     "torch": {"tensor_files"},  # to read pickles
 }
 NOWHERE = {"diffusers", "tensorflow"}
