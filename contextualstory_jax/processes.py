@@ -167,9 +167,9 @@ def all_succeed(action: Callable[[], None], kind: type[UserError]) -> str | None
 
 
 def compiled_together(function: Any) -> Callable[..., Any]:
-    """A jitted function that all processes begin to run at the same time, however long one compiles.
+    """A jitted function that no process begins to run before all have compiled it.
 
-    What they run together waits for a late one for seconds only.
+    For a late one the others would wait for seconds only.
     """
     import jax
     from orbax.checkpoint import multihost

@@ -13,20 +13,16 @@ import functools
 import itertools
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import clu.metrics
 import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
-from tqdm import tqdm
 
 from contextualstory_jax.checkpoint import (
     Checkpoints,
@@ -48,7 +44,6 @@ from contextualstory_jax.data.loader import (
     training_source,
 )
 from contextualstory_jax.errors import UserError
-from contextualstory_jax.flops import peak_flops, training_step_flops
 from contextualstory_jax.initial import initial_params, tokenizer_folder
 from contextualstory_jax.latents import open_latents, require_same_weights
 from contextualstory_jax.model import Parts, StoryModel
@@ -63,6 +58,7 @@ from contextualstory_jax.processes import (
     require_agreement,
     say,
 )
+from contextualstory_jax.progress import Profile, Progress
 from contextualstory_jax.scalars import NoWriter, ScalarWriter
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import (
@@ -78,12 +74,6 @@ from contextualstory_jax.tokenizer import Tokenizer
 
 Step = Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, jax.Array]]]
 Flow = Callable[[TrainState], list[float]]  # the mean scene changes that sampling uses
-
-# Of each step; what is logged are the means of all steps since the last log.
-METRICS = ("loss", "grad_norm", "param_norm", "update_norm", "learning_rate")
-StepMetrics = clu.metrics.Collection.create(
-    **{name: clu.metrics.Average.from_output(name) for name in METRICS}
-)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -372,15 +362,11 @@ class Run:
     validate: Callable[[TrainState], float] | None
     draw: Callable[[TrainState], None]
 
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint in the background."""
+    def save(self, state: TrainState, loss: float | None) -> None:
+        """Write a checkpoint in the background; `loss` says how good it is."""
         step, items = int(state.step), to_items(state)
         named = {name: items[name] for name in ("params", "ema_params", "frozen")}
         meta = {"step": step, "storyflow": self.flow(state), "items": contents(named)}
-        loss = None
-        if self.validate is not None:
-            loss = self.validate(state)
-            self.writer.write(step, {"validation_loss": loss})
         self.checkpoints.save(step, items, meta, loss)
 
 
@@ -407,11 +393,13 @@ def loop(
             # A checkpoint is logged, so that no mean is of steps from before and after a restart.
             if saves or number % config.log_every == 0:
                 require_finite(unchecked, run.checkpoints.latest)
-                progress.log(unchecked, data.take(), aloud=saves)
-                unchecked.clear()
-            if saves:
                 with progress.paused():
-                    run.save(state)
+                    loss = run.validate(state) if saves and run.validate else None
+                progress.log(unchecked, data.take(), loss, aloud=saves)
+                unchecked.clear()
+                if saves:
+                    with progress.paused():
+                        run.save(state, loss)
             if preempted:  # the machine is about to go: nothing that is not needed
                 say(f"SIGTERM: stopped after step {number}; the same command goes on from there")
                 break
@@ -432,122 +420,3 @@ def require_finite(steps: list[tuple[int, dict[str, jax.Array]]], last_good: int
                     f"{name} is {float(values[name])} at step {number}; the last good checkpoint "
                     f"is {last_good or 'none'}; lower optimizer.learning_rate and start again"
                 )
-
-
-class Progress:
-    """What the user sees of a run: a bar, and the means of all steps since the last log."""
-
-    def __init__(self, config: TrainConfig, writer: ScalarWriter | NoWriter, first_step: int):
-        self._config, self._writer = config, writer
-        self._bar = tqdm(
-            total=config.steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not is_first(),
-        )
-        self._began: float | None = None  # when the first step, which compiles, was done
-        self._logged = (0.0, first_step)  # the time and the step of the last log
-        self._flops = training_step_flops(config).total()
-        device = jax.local_devices()[0]
-        peak = peak_flops(device.device_kind, config.compute_dtype)
-        self._peak = peak and peak * jax.device_count()
-
-    def add(self, number: int, values: dict[str, jax.Array]) -> None:
-        """Count a step."""
-        self._bar.update()
-        if self._began is None:
-            jax.block_until_ready(values)
-            self._began = time.monotonic()
-            self._logged = (self._began, number)
-
-    @property
-    def out_of_time(self) -> bool:
-        """Whether `config.max_minutes` are over, by the first process's clock."""
-        if self._config.max_minutes is None:
-            return False
-        return bool(multihost_utils.broadcast_one_to_all(np.array(self._seconds_left() <= 0)))
-
-    def log(self, steps: Sequence[tuple[int, dict[str, jax.Array]]], waited: float, aloud: bool):
-        """Write the means of some steps, and print them if `aloud`.
-
-        Args: `waited`, seconds that steps waited for their stories since the last log.
-        """
-        means = StepMetrics.empty()
-        for _, values in jax.device_get(list(steps)):
-            means = means.merge(StepMetrics.single_from_model_output(**values))
-        number = steps[-1][0]
-        now, (logged_time, logged_number) = time.monotonic(), self._logged
-        # Of the first step, which compiles, there is no time.
-        seconds = (now - logged_time) / max(number - logged_number, 1)
-        rate = 1 / seconds if number > logged_number else 0.0
-        values = {name: float(value) for name, value in means.compute().items()}
-        values["stories_per_second"] = rate * self._config.batch_size
-        values["step_time"] = seconds if rate else 0.0
-        values["data_wait"] = waited / max(number - logged_number, 1)  # seconds a step
-        if self._peak:
-            values["flop_utilization"] = self._flops * rate / self._peak
-        values |= device_memory()
-        self._writer.write(number, values)
-        if self._config.max_minutes is not None:  # so that the time left that the bar shows is true
-            steps_left = int(max(self._seconds_left(), 0) * rate)
-            self._bar.total = min(self._config.steps, number + steps_left)
-        self._bar.set_postfix(
-            loss=f"{values['loss']:.4f}", stories_s=f"{values['stories_per_second']:.1f}"
-        )
-        if aloud and is_first():
-            listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self._bar.write(f"step {number}: {listed}")
-        self._logged = (now, number)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what is done meanwhile out of the speed."""
-        began = time.monotonic()
-        yield
-        time_logged, number = self._logged
-        self._logged = (time_logged + time.monotonic() - began, number)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-    def _seconds_left(self) -> float:
-        if self._config.max_minutes is None or self._began is None:
-            return math.inf
-        return self._began + self._config.max_minutes * 60 - time.monotonic()
-
-
-def device_memory() -> dict[str, float]:
-    """GiB in use, and at most in use so far, on this process's first device, where it tells."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    names = {"memory": "bytes_in_use", "peak_memory": "peak_bytes_in_use"}
-    return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}
-
-
-class Profile:
-    """A profile of `config.profile_steps` steps, for TensorBoard, in `workdir/profile`."""
-
-    def __init__(self, config: TrainConfig, workdir: Path):
-        self._folder = workdir / "profile"
-        start = config.profile_at
-        self._steps = range(0) if start is None else range(start, start + config.profile_steps)
-        self._running = False
-
-    def before(self, step: int) -> None:
-        """Begin with the first of the steps."""
-        if step in self._steps and not self._running:
-            jax.profiler.start_trace(self._folder)
-            self._running = True
-
-    def after(self, step: int, values: Any) -> None:
-        """End with the last."""
-        if self._running and step + 1 not in self._steps:
-            jax.block_until_ready(values)
-            self.close()
-
-    def close(self) -> None:
-        """Write what there is."""
-        if self._running:
-            self._running = False
-            jax.profiler.stop_trace()

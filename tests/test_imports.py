@@ -28,6 +28,7 @@ LIBRARY = {
 }
 MIDDLE = {
     "pipeline",
+    "progress",
     "compilation",
     "trainer",
     "model",

@@ -648,3 +648,41 @@ def test_a_continuation_model_asks_for_the_first_frame(continuation):
 
     with pytest.raises(ValueError, match="first_frame_condition_mode is 'conv2d'"):
         unet(jnp.zeros((1, FRAMES - 1, SIZE, SIZE, 3)), jnp.array([10]), [])
+
+
+# What the backward pass computes again
+
+
+def loss_of(remat: str):
+    """A function of a small UNet's parameters, and the parameters."""
+    network = Network(lambda: UNet(tiny(), remat))
+    sample, text = random(1, FRAMES, SIZE, SIZE, 3), random(1, FRAMES, TEXT, WIDTH)
+
+    def loss(params):
+        unet = network.bind(params)
+        storyflow = unet.storyflow(jnp.ones((1, FRAMES - 1)))
+        keys_values = unet.text_keys_values(text)
+        return (unet(sample, jnp.array([10]), keys_values, storyflow) ** 2).mean()
+
+    return loss, draw(network)
+
+
+@pytest.mark.parametrize(("remat", "parts"), [("none", 0), ("block", 16), ("full", 16)])
+def test_each_layer_s_parts_are_recomputed_where_the_recipe_says_so(remat, parts):
+    # 8 pairs of a resnet and a temporal convolution: 2 down, 2 in the middle, 4 up. 4 layers of a
+    # spatial and a temporal transformer: 1 down, 1 in the middle, 2 up.
+    loss, params = loss_of(remat)
+
+    program = jax.make_jaxpr(loss)(params)
+
+    assert sum(equation.primitive.name == "remat2" for equation in program.eqns) == parts
+
+
+@pytest.mark.slow
+def test_recomputing_changes_no_gradient():
+    loss, params = loss_of("none")
+    kept = jax.jit(jax.grad(loss))(params)
+
+    for remat in ("block", "full"):
+        for name, again in jax.jit(jax.grad(loss_of(remat)[0]))(params).items():
+            np.testing.assert_allclose(again, kept[name], rtol=1e-4, atol=1e-6, err_msg=name)

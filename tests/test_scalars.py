@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from contextualstory_jax.errors import UserError
 from contextualstory_jax.scalars import ScalarWriter
 
 
@@ -63,3 +67,32 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     assert b"loss" in content
     assert b"samples" in content
     assert b"PNG" in content
+
+
+def test_the_same_numbers_go_to_wandb(tmp_path, monkeypatch):
+    calls: list[tuple] = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append(("end",))
+    )
+    wandb = types.SimpleNamespace(init=lambda **values: calls.append(("init", values)) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    with contextlib.closing(ScalarWriter(tmp_path / "", 0, "stories")) as writer:
+        writer.write(3, {"loss": 0.5})
+
+    (_, settings), *others = calls
+    assert (settings["project"], settings["id"], settings["resume"]) == (
+        "stories",
+        tmp_path.name,
+        "allow",
+    )
+    assert others == [(3, {"loss": 0.5}), ("end",)]
+
+
+def test_where_wandb_is_missing_its_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+
+    with pytest.raises(UserError, match=r"pip install 'contextualstory-jax\[wandb\]'"):
+        ScalarWriter(tmp_path, 0, "stories")
+
+    assert not list(tmp_path.iterdir())

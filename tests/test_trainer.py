@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -381,3 +383,83 @@ def test_a_used_workdir_that_cannot_be_written_is_named(recipe, tmp_path):
 
     with pytest.raises(UserError, match="cannot write to .*: Is a directory"):
         train_and_evaluate(recipe, tmp_path)
+
+
+def spoil(checkpoint: Path) -> None:
+    """Damage a checkpoint as a disk would: its files are there, and shorter."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
+    whole, recipe, tmp_path, capsys, no_samples
+):
+    workdir = shutil.copytree(whole[1], tmp_path / "run")
+    spoil(workdir / "checkpoints" / "4")
+
+    state = train_and_evaluate(recipe, workdir)
+
+    printed = capsys.readouterr().out
+    assert "checkpoint 4 of " in printed and "; going on from checkpoint 2" in printed
+    assert_same(state, whole[0])
+    assert metrics(workdir) == metrics(whole[1])
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4", "4.damaged"}
+
+
+def test_where_every_checkpoint_is_damaged_nothing_begins_anew(whole, recipe, tmp_path):
+    workdir = shutil.copytree(whole[1], tmp_path / "run")
+    for step in ("2", "4"):
+        spoil(workdir / "checkpoints" / step)
+
+    with pytest.raises(UserError, match="checkpoint 2 of .*; no older checkpoint is whole"):
+        train_and_evaluate(recipe, workdir)
+
+
+@pytest.mark.slow
+def test_the_best_and_every_nth_checkpoint_stay(recipe, tmp_path, monkeypatch, no_samples):
+    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(trainer, "validation", lambda *_: lambda _: next(losses))
+    kept = {"keep_checkpoints": 1, "keep_every": 3, "keep_best": 1}
+
+    train_and_evaluate(
+        dataclasses.replace(recipe, steps=6, checkpoint_every=1, **kept), tmp_path / "run"
+    )
+
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"2", "3", "6"}  # the least loss; multiples of three, and the last
+    assert metrics(tmp_path / "run")[1]["validation_loss"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_profile_is_written_of_the_steps_asked_for(recipe, tmp_path, no_samples):
+    train_and_evaluate(dataclasses.replace(recipe, profile_at=2, profile_steps=1), tmp_path)
+
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_validation_loss_is_the_same_for_the_same_weights(recipe, whole):
+    config = dataclasses.replace(recipe, text_drop=1.0)
+    model = StoryModel(config.model)
+    tokenizer = Tokenizer(TOKENIZER_DIR, config.model.text_encoder.max_position_embeddings)
+    validate = trainer.validation(model, config, Placement(make_mesh(MeshConfig())), tokenizer)
+    other = dataclasses.replace(whole[0], ema_params=model.init(7))
+
+    assert validate(whole[0]) == validate(whole[0]) > 0
+    assert validate(other) != validate(whole[0])
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_leaves_what_there_was(
+    whole, recipe, tmp_path, monkeypatch, no_samples
+):
+    workdir = shutil.copytree(whole[1], tmp_path / "run")
+    before = files(workdir / "checkpoints")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match="cannot write a checkpoint to .*No space left on device"):
+        train_and_evaluate(dataclasses.replace(recipe, steps=6), workdir)
+
+    assert files(workdir / "checkpoints") == before
