@@ -82,6 +82,14 @@ def story_key(seed: int, story_id: str) -> Key[Array, ""]:
     return key
 
 
+def interleave(branches: Sequence[Float[Array, "b ..."]]) -> Float[Array, "bn ..."]:
+    """One batch of several: all branches of the first story, then of the second.
+
+    So each device keeps those of its stories; one batch after the other would move them.
+    """
+    return jnp.stack(branches, axis=1).reshape(-1, *branches[0].shape[1:])
+
+
 def draw_latents(
     model: StoryModel,
     branches: int,
@@ -100,7 +108,7 @@ def draw_latents(
     storyline = model.contextualize(params, text)
     # The null text bypasses the contextualizer.
     null_text = jnp.broadcast_to(null_text.astype(storyline.dtype), storyline.shape)
-    storyline = jnp.concatenate([null_text] * (branches - 1) + [storyline])
+    storyline = interleave([null_text] * (branches - 1) + [storyline])
     condition = model.condition(params, storyline, motion[None])
     noise, first_latents, first_inputs = inputs.noise, None, None
     if inputs.first_frame is not None:
@@ -116,19 +124,32 @@ def draw_latents(
             if branches == 3
             else [first_latents] * branches
         )
-        first_inputs = jnp.concatenate(given)[:, 0]
+        first_inputs = interleave(given)[:, 0]
         noise = noise[:, 1:]
 
     def predict(x: Array, t: Array) -> Array:
-        together = jnp.concatenate([x] * branches)
+        together = interleave([x] * branches)
         prediction = model.predict(
-            params, together, jnp.broadcast_to(t, branches * b), condition, first_inputs
+            params, together, jnp.broadcast_to(t, b * branches), condition, first_inputs
         )
-        prediction = prediction.reshape(branches, *x.shape)
+        prediction = prediction.reshape(b, branches, *x.shape[1:]).swapaxes(0, 1)
         return guide(prediction, scales.text, scales.image, scales.rescale)
 
     latents = denoise(sampler, predict, noise, inputs.step_keys)
     return latents if first_latents is None else jnp.concatenate([first_latents, latents], axis=1)
+
+
+def drawing_program(model: StoryModel, placement: Placement) -> jax.stages.Wrapped:
+    """What draws a batch: pictures and latents of `draw_latents`'s arguments but the model."""
+
+    def program(branches: int, params: Parts, *arguments: Any) -> tuple[Array, Array]:
+        params = placement.whole(params)
+        latents = draw_latents(model, branches, params, *arguments)
+        return model.decode(params, latents), latents
+
+    # Pictures come back to every process.
+    everywhere = NamedSharding(placement.mesh, PartitionSpec())
+    return jax.jit(program, static_argnums=0, out_shardings=everywhere)
 
 
 class StoryPipeline:
@@ -160,15 +181,7 @@ class StoryPipeline:
             clamp(jax.tree.map(lambda p: jnp.asarray(p, model.dtype), params)),
             placement.shardings(params),
         )
-
-        def program(branches: int, params: Parts, *arguments: Any) -> tuple[Array, Array]:
-            params = placement.whole(params)
-            latents = draw_latents(model, branches, params, *arguments)
-            return model.decode(params, latents), latents
-
-        # Pictures come back to every process.
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self._program = jax.jit(program, static_argnums=0, out_shardings=everywhere)
+        self._program = drawing_program(model, placement)
 
     @classmethod
     def load(
