@@ -1,8 +1,7 @@
 """What training or drawing takes on a TPU slice that is not there.
 
 XLA compiles for a slice of which it knows the name alone, and refuses what does not fit a chip's
-memory. Of what it compiled, `collectives` and `memory_traffic` read the program's text, loops as
-often as they run.
+memory.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import importlib.util
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,168 +24,13 @@ from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.samplers import make_sampler
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.flops import DEVICES, drawing_flops, peak_flops, training_step_flops
+from contextualstory_jax.hlo import collectives, memory_traffic
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.pipeline import Inputs, Scales, drawing_program
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import Batch, Encoded
 from contextualstory_jax.trainer import abstract_state, check_batch, step_program
-
-
-class Instruction(NamedTuple):
-    """A line of a compiled program."""
-
-    name: str
-    result: str  # its type: one array or a tuple
-    operation: str
-    operands: list[str]
-    rest: str  # attributes
-
-
-class Computation(NamedTuple):
-    """A function of a compiled program."""
-
-    name: str
-    is_entry: bool
-    instructions: list[Instruction]
-
-
-class Collective(NamedTuple):
-    """All collectives of a kind: how many run, and the bytes of their arrays."""
-
-    count: int
-    bytes: int
-
-
-COLLECTIVES = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
-)
-# They move nothing themselves.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
-FREE |= {"conditional", "after-all", "partition-id", "replica-id", "opt-barrier"}
-CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|(?:branch|called)_computations|(?:true|false)_computation)="
-    r"(\{[^}]*\}|%[\w.-]+)"
-)
-PARTIAL = {"slice", "dynamic-slice", "gather"}  # they read no more than they give
-
-
-def computations(hlo: str) -> dict[str, Computation]:
-    """The functions of a compiled program's text, by name."""
-    found: dict[str, Computation] = {}
-    current = None
-    for line in hlo.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if header:
-            current = Computation(header[2], header[1] is not None, [])
-            found[current.name] = current
-            continue
-        match = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)?(.*)", line)
-        if match and current:
-            name, result, operation, operands, rest = match.groups()
-            names = re.findall(r"%([\w.-]+)", operands)
-            current.instructions.append(Instruction(name, result, operation, names, rest))
-    return found
-
-
-def runs(found: dict[str, Computation], *, inside_fusions: bool) -> Counter[str]:
-    """How often each function runs; of a loop whose length XLA does not know, the body once."""
-    times: Counter[str] = Counter()
-
-    def visit(name: str, count: int) -> None:
-        times[name] += count
-        for instruction in found[name].instructions:
-            if instruction.operation == "while":
-                length = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
-                inner = count * (int(length[1]) if length else 1)
-            elif inside_fusions or instruction.operation in ("call", "conditional"):
-                inner = count
-            else:
-                continue
-            for callees in CALLED.findall(instruction.rest):
-                for callee in re.findall(r"%([\w.-]+)", callees):
-                    visit(callee, inner)
-
-    for computation in found.values():
-        if computation.is_entry:
-            visit(computation.name, 1)
-    return times
-
-
-def array_bytes(type_: str, *, in_hbm: bool = False) -> int:
-    """The bytes of the arrays in a type; `in_hbm` leaves out those in a TPU's other memories."""
-    total = 0
-    for name, shape, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", type_):
-        if in_hbm and re.search(r"S\([1-9]\d*\)", layout):
-            continue
-        bits = 8 if name == "pred" else int((re.search(r"\d+", name) or "0")[0])
-        sizes = [int(size.lstrip("<=")) for size in shape.split(",") if size]
-        total += math.prod(sizes) * bits // 8
-    return total
-
-
-def collectives(hlo: str) -> dict[str, Collective]:
-    """The collectives that one device takes part in, by kind, in a compiled program's text.
-
-    Bytes are those of the whole array: of an all-gather's result, of a reduce-scatter's operand.
-    What is begun and ended apart is counted at its end. TPU programs hold parts of one collective
-    in several fusions, known by one channel, and a reduce-scatter as an all-reduce in a fusion of
-    that name.
-    """
-    found = computations(hlo)
-    times = runs(found, inside_fusions=True)
-    sizes = {i.name: array_bytes(i.result) for c in found.values() for i in c.instructions}
-    counted: dict[str, Collective] = {}
-    channels = set()
-    for computation in found.values():
-        for instruction in computation.instructions:
-            kind = instruction.operation.removesuffix("-done")
-            if kind not in COLLECTIVES or not times[computation.name]:
-                continue
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            if channel and (kind, channel[1]) in channels:
-                continue
-            channels.add((kind, channel and channel[1]))
-            size = array_bytes(instruction.result)
-            if kind == "reduce-scatter" and instruction.operation == kind:
-                size = sum(sizes.get(name, 0) for name in instruction.operands)
-            if computation.name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"
-            before, number = counted.get(kind, Collective(0, 0)), times[computation.name]
-            counted[kind] = Collective(before.count + number, before.bytes + number * size)
-    return counted
-
-
-def memory_traffic(hlo: str) -> int:
-    """The bytes between one device and its memory, in a compiled program's text.
-
-    Each instruction reads its operands and writes its result, and fusions are one instruction. Of
-    a TPU, arrays that stay in its vector memory are left out.
-    """
-    found = computations(hlo)
-    times = runs(found, inside_fusions=False)
-    total = 0
-    for computation in found.values():
-        if not times[computation.name]:
-            continue
-        sizes = {i.name: array_bytes(i.result, in_hbm=True) for i in computation.instructions}
-        for instruction in computation.instructions:
-            operation = instruction.operation
-            read = sum(sizes.get(name, 0) for name in set(instruction.operands))
-            written = sizes[instruction.name]
-            if operation in FREE:
-                continue
-            if operation.endswith("-start"):  # its result holds its operands as well
-                moved = read
-            elif operation.endswith("-done"):
-                moved = written
-            elif operation in PARTIAL:
-                moved = 2 * written
-            else:
-                moved = read + written
-            total += times[computation.name] * moved
-    return total
 
 
 def tpu_devices(topology: str) -> list[Any]:
@@ -208,12 +51,15 @@ def tpu_devices(topology: str) -> list[Any]:
             f"no TPU topology {topology!r}: {str(error).splitlines()[0]}; names are like v5e:4x4, "
             "v6e:16x16, v4:2x2x2, v5p:4x4x4"
         ) from error
+    kind = found.devices[0].device_kind
+    require(kind in DEVICES, f"{topology}: flops.DEVICES says nothing of {kind}; add it there")
     return list(found.devices)
 
 
 def needed_memory(error: Exception) -> tuple[int, int] | None:
     """Bytes that a refused program needs, and that there are; None for other errors."""
-    found = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", str(error))
+    size = r"([\d.]+[KMGT]?)"
+    found = re.search(rf"{size}\)? exceeds available HBM \({size}\)", str(error))
     if not found:
         return None
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -250,8 +96,7 @@ class Program(NamedTuple):
 
 
 def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
-    """A recipe's training step. Neither weights nor data are opened, and a latent cache of its
-    name is thought to be there.
+    """A recipe's training step. Weights, data and a latent cache need not be there.
 
     Raises `UserError` where the recipe does not fit the devices.
     """
@@ -369,14 +214,6 @@ def report(program: Program) -> dict[str, Any]:
     return {"fits": fits, "hbm_bytes_per_chip": memory, **values}
 
 
-def _words(config: TrainConfig) -> int:
-    return config.model.text_encoder.max_position_embeddings
-
-
-def _array(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], dtype: Any) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-
 def memory_use(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Bytes on each device; what is written over donated arguments counts as argument."""
     stats: Any = compiled.memory_analysis()
@@ -387,3 +224,11 @@ def memory_use(compiled: jax.stages.Compiled) -> dict[str, int]:
         "program": stats.generated_code_size_in_bytes,
     }
     return {**memory, "total": sum(memory.values())}
+
+
+def _words(config: TrainConfig) -> int:
+    return config.model.text_encoder.max_position_embeddings
+
+
+def _array(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

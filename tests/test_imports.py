@@ -25,9 +25,11 @@ LIBRARY = {
     "cli",
     "processes",
     "sharding",
+    "hlo",
 }
 MIDDLE = {
     "pipeline",
+    "ahead",
     "compilation",
     "trainer",
     "model",
