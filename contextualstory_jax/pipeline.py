@@ -7,6 +7,7 @@ filter are its arguments, so that changing them compiles nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from contextualstory_jax.diffusion.guidance import guide, num_branches
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.samplers import Sampler, denoise, make_sampler
 from contextualstory_jax.model import Parts, StoryModel, clamp
+from contextualstory_jax.processes import compiled_together
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.tokenizer import Tokenizer
 
@@ -82,6 +84,14 @@ def story_key(seed: int, story_id: str) -> Key[Array, ""]:
     return key
 
 
+def interleave(branches: Sequence[Float[Array, "b ..."]]) -> Float[Array, "bn ..."]:
+    """One batch of several: all branches of the first story, then of the second.
+
+    So each device keeps those of its stories; one batch after the other would move them.
+    """
+    return jnp.stack(branches, axis=1).reshape(-1, *branches[0].shape[1:])
+
+
 def draw_latents(
     model: StoryModel,
     branches: int,
@@ -100,7 +110,7 @@ def draw_latents(
     storyline = model.contextualize(params, text)
     # The null text bypasses the contextualizer.
     null_text = jnp.broadcast_to(null_text.astype(storyline.dtype), storyline.shape)
-    storyline = jnp.concatenate([null_text] * (branches - 1) + [storyline])
+    storyline = interleave([null_text] * (branches - 1) + [storyline])
     condition = model.condition(params, storyline, motion[None])
     noise, first_latents, first_inputs = inputs.noise, None, None
     if inputs.first_frame is not None:
@@ -116,19 +126,38 @@ def draw_latents(
             if branches == 3
             else [first_latents] * branches
         )
-        first_inputs = jnp.concatenate(given)[:, 0]
+        first_inputs = interleave(given)[:, 0]
         noise = noise[:, 1:]
 
     def predict(x: Array, t: Array) -> Array:
-        together = jnp.concatenate([x] * branches)
+        together = interleave([x] * branches)
         prediction = model.predict(
-            params, together, jnp.broadcast_to(t, branches * b), condition, first_inputs
+            params, together, jnp.broadcast_to(t, b * branches), condition, first_inputs
         )
-        prediction = prediction.reshape(branches, *x.shape)
+        prediction = prediction.reshape(b, branches, *x.shape[1:]).swapaxes(0, 1)
         return guide(prediction, scales.text, scales.image, scales.rescale)
 
     latents = denoise(sampler, predict, noise, inputs.step_keys)
     return latents if first_latents is None else jnp.concatenate([first_latents, latents], axis=1)
+
+
+@functools.lru_cache(maxsize=1)  # training draws again and again, each time with other weights
+def shared_program(model: StoryModel, placement: Placement) -> Callable[..., tuple[Array, Array]]:
+    """`drawing_program`, for processes that draw together."""
+    return compiled_together(drawing_program(model, placement), static=1)
+
+
+def drawing_program(model: StoryModel, placement: Placement) -> jax.stages.Wrapped:
+    """What draws a batch: pictures and latents of `draw_latents`'s arguments but the model."""
+
+    def program(branches: int, params: Parts, *arguments: Any) -> tuple[Array, Array]:
+        params = placement.whole(params)
+        latents = draw_latents(model, branches, params, *arguments)
+        return model.decode(params, latents), latents
+
+    # Pictures come back to every process.
+    everywhere = NamedSharding(placement.mesh, PartitionSpec())
+    return jax.jit(program, static_argnums=0, out_shardings=everywhere)
 
 
 class StoryPipeline:
@@ -153,6 +182,7 @@ class StoryPipeline:
         """
         self.model, self.tokenizer, self.step, self.weights = model, tokenizer, step, weights
         self.storyflow = np.asarray(storyflow, np.float32)
+        make_program = drawing_program if placement is None else shared_program
         placement = placement or Placement(make_mesh(MeshConfig(), jax.local_devices()))
         self.mesh = placement.mesh
         # Drawing only reads: weights are held once, in the dtype they are computed with.
@@ -160,15 +190,7 @@ class StoryPipeline:
             clamp(jax.tree.map(lambda p: jnp.asarray(p, model.dtype), params)),
             placement.shardings(params),
         )
-
-        def program(branches: int, params: Parts, *arguments: Any) -> tuple[Array, Array]:
-            params = placement.whole(params)
-            latents = draw_latents(model, branches, params, *arguments)
-            return model.decode(params, latents), latents
-
-        # Pictures come back to every process.
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        self._program = jax.jit(program, static_argnums=0, out_shardings=everywhere)
+        self._program = make_program(model, placement)
 
     @classmethod
     def load(

@@ -166,10 +166,11 @@ def all_succeed(action: Callable[[], None], kind: type[UserError]) -> str | None
     return next((text for text in gather(problem) if text), None)
 
 
-def compiled_together(function: Any) -> Callable[..., Any]:
+def compiled_together(function: Any, static: int = 0) -> Callable[..., Any]:
     """A jitted function that no process begins to run before all have compiled it.
 
-    For a late one the others would wait for seconds only.
+    For a late one the others would wait for seconds only. Args: `static`, how many of its first
+    arguments are static.
     """
     import jax
     from orbax.checkpoint import multihost
@@ -179,13 +180,14 @@ def compiled_together(function: Any) -> Callable[..., Any]:
     compiled: dict[Any, Callable[..., Any]] = {}
 
     def call(*arguments: Any) -> Any:
-        leaves, structure = jax.tree.flatten(arguments)
-        key = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        leaves, structure = jax.tree.flatten(arguments[static:])
+        shapes = tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
+        key = arguments[:static], structure, shapes
         if key not in compiled:
             compiled[key] = function.lower(*arguments).compile()
             wait = multihost.get_barrier_sync_fn()
             wait(key="compiled", timeout_ms=1000 * COMPILE_SECONDS)
-        return compiled[key](*arguments)
+        return compiled[key](*arguments[static:])
 
     return call
 

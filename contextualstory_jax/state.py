@@ -154,10 +154,10 @@ def encode(
     model: StoryModel, params: Parts, batch: Batch, null_ids: Int[Array | np.ndarray, " l"]
 ) -> tuple[Encoded, Float[Array, "l d"]]:
     """A batch, and the empty sentence, through the codec and the text tower."""
-    ids = jnp.concatenate([batch.ids.reshape(-1, batch.ids.shape[-1]), null_ids[None]])
-    text = model.encode_text(params, ids[None])[0]
-    moments = model.picture_moments(params, batch.images)
-    return Encoded(moments, text[:-1].reshape(*batch.ids.shape, -1)), text[-1]
+    text = model.encode_text(params, batch.ids)
+    # By itself: one sentence more than devices divide would scatter all of the text tower's work.
+    null_text = model.encode_text(params, jnp.asarray(null_ids)[None, None])[0, 0]
+    return Encoded(model.picture_moments(params, batch.images), text), null_text
 
 
 def draw(model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: TrainConfig) -> Draws:
@@ -277,7 +277,7 @@ def make_train_step(
             (value, motion), gradient = jax.value_and_grad(micro_loss, has_aux=True)(
                 trained, frozen, *split(micro)
             )
-            return value, motion, _cast(kept(gradient), jnp.float32)
+            return value, motion, _cast(kept(whole(gradient)), jnp.float32)
 
         # The first stands outside: XLA's CPU backward convolutions are many times slower in a loop.
         sums = gradient_of(jax.tree.map(lambda x: x[0], micro))

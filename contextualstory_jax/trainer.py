@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
 from PIL import Image
 
 from contextualstory_jax.checkpoint import (
@@ -133,17 +134,21 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
 def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
     """Raise `UserError` where the recipe fits no data, the devices or the tokenizer."""
     training_source(config.data, config.model.height)
-    ways = batch_ways(mesh)
-    require(
-        config.batch_size % (config.accumulation_steps * ways) == 0,
-        f"batch_size = {config.batch_size} is not divisible by accumulation_steps x data x fsdp = "
-        f"{config.accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']}",
-    )
+    check_batch(config, mesh)
     vocab_size = config.model.text_encoder.vocab_size
     needed = int(tokenizer([""]).max()) + 1  # in CLIP's vocabularies the end token is the last
     require(
         vocab_size >= needed,
         f"model.text_encoder.vocab_size = {vocab_size} is under the tokenizer's {needed}",
+    )
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raise `UserError` where the batch does not divide."""
+    require(
+        config.batch_size % (config.accumulation_steps * batch_ways(mesh)) == 0,
+        f"batch_size = {config.batch_size} is not divisible by accumulation_steps x data x fsdp = "
+        f"{config.accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']}",
     )
 
 
@@ -244,11 +249,25 @@ def compile_step(
     tokenizer: Tokenizer,
     latents: EncodedStories | None = None,
 ) -> Step:
-    """The training step over the mesh: state donated and kept where it lies, metrics everywhere."""
-    placed = jax.tree.map(lambda x: x.sharding, state)
+    """The training step over the mesh, for the stories or the latent cache there are."""
     null = tokenizer([""])[0] if latents is None else latents.cache.null_text
+    return step_program(model, config, placement, state, np.asarray(null))
+
+
+def step_program(
+    model: StoryModel,
+    config: TrainConfig,
+    placement: Placement,
+    state: TrainState,
+    null: Int[np.ndarray, " l"] | Float[np.ndarray, "l d"],
+) -> jax.stages.Wrapped:
+    """The step of `make_train_step`: state donated and kept where it lies, metrics everywhere.
+
+    Args: `state`, or what `abstract_state` says of it; `null`, the empty sentence.
+    """
+    placed = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
-        make_train_step(model, config, np.asarray(null), placement),
+        make_train_step(model, config, null, placement),
         donate_argnums=0,
         in_shardings=(placed, NamedSharding(placement.mesh, BATCH)),
         out_shardings=(placed, NamedSharding(placement.mesh, PartitionSpec())),

@@ -25,10 +25,12 @@ LIBRARY = {
     "cli",
     "processes",
     "sharding",
+    "hlo",
 }
 MIDDLE = {
     "pipeline",
     "progress",
+    "ahead",
     "compilation",
     "trainer",
     "model",

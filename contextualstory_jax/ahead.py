@@ -1,0 +1,234 @@
+"""What training or drawing takes on a TPU slice that is not there.
+
+XLA compiles for a slice of which it knows the name alone, and refuses what does not fit a chip's
+memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from contextualstory_jax.config import TrainConfig, require
+from contextualstory_jax.diffusion.guidance import num_branches
+from contextualstory_jax.diffusion.samplers import make_sampler
+from contextualstory_jax.errors import UserError
+from contextualstory_jax.flops import DEVICES, drawing_flops, peak_flops, training_step_flops
+from contextualstory_jax.hlo import collectives, memory_traffic
+from contextualstory_jax.model import StoryModel
+from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.pipeline import Inputs, Scales, drawing_program
+from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
+from contextualstory_jax.state import Batch, Encoded
+from contextualstory_jax.trainer import abstract_state, check_batch, step_program
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """The chips of a TPU slice, which need not be there: `v5e:4x4`, `v4:2x2x2`.
+
+    Raises `UserError` for an unknown name, or without the compiler.
+    """
+    require(
+        importlib.util.find_spec("libtpu") is not None,
+        "the TPU compiler, libtpu, is not installed; install the package with the extra [tpu]",
+    )
+    # Of a v4 chip, users see both cores as one device.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise UserError(
+            f"no TPU topology {topology!r}: {str(error).splitlines()[0]}; names are like v5e:4x4, "
+            "v6e:16x16, v4:2x2x2, v5p:4x4x4"
+        ) from error
+    kind = found.devices[0].device_kind
+    require(kind in DEVICES, f"{topology}: flops.DEVICES says nothing of {kind}; add it there")
+    return list(found.devices)
+
+
+def needed_memory(error: Exception) -> tuple[int, int] | None:
+    """Bytes that a refused program needs, and that there are; None for other errors."""
+    size = r"([\d.]+[KMGT]?)"
+    found = re.search(rf"{size}\)? exceeds available HBM \({size}\)", str(error))
+    if not found:
+        return None
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    needed, limit = (
+        round(float(text.rstrip("KMGT")) * units.get(text[-1], 1)) for text in found.groups()
+    )
+    return needed, limit
+
+
+def memory_limit(device: Any) -> int:
+    """The bytes that programs may take of a chip's memory: the compiler says what it refuses."""
+    whole = DEVICES[device.device_kind].hbm_bytes
+    size = 2 ** math.ceil(math.log2(whole) + 1)
+    everything = jax.jit(
+        lambda: jnp.zeros(size, jnp.uint8), out_shardings=SingleDeviceSharding(device)
+    )
+    try:
+        everything.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = needed_memory(error)
+        if found:
+            return found[1]
+    return int(whole)
+
+
+class Program(NamedTuple):
+    """Training or drawing, for devices that are not there."""
+
+    lowered: jax.stages.Lowered
+    mesh: Mesh
+    dtype: str
+    stories: int  # that it takes at once, on all devices
+    useful_flops: int  # of all devices
+
+
+def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
+    """A recipe's training step. Weights, data and a latent cache need not be there.
+
+    Raises `UserError` where the recipe does not fit the devices.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    check_batch(config, mesh)
+    placement = Placement(mesh, config.mesh.rules)
+    model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat)
+    placement.check(model.shapes)
+    state = abstract_state(model, config, placement)
+    b, f, tokens = config.batch_size, config.model.unet.n_frames, _words(config)
+    batch: Batch | Encoded
+    if config.data.latents is None:
+        images = _array(mesh, BATCH, (b, f, config.model.height, config.model.width, 3), jnp.uint8)
+        batch = Batch(images, _array(mesh, BATCH, (b, f, tokens), jnp.int32))
+        null = np.zeros(tokens, np.int32)
+    else:
+        size = config.model.latent_size(config.model.height, config.model.width)
+        shape = (b, f, *size, config.model.vae.latent_channels)
+        moments = Moments(*(_array(mesh, BATCH, shape, model.dtype) for _ in range(2)))
+        width = config.model.text_encoder.hidden_size
+        batch = Encoded(moments, _array(mesh, BATCH, (b, f, tokens, width), model.dtype))
+        null = np.zeros((tokens, width), model.dtype)
+    lowered = step_program(model, config, placement, state, null).lower(state, batch)
+    flops = training_step_flops(config).total()
+    return Program(lowered, mesh, config.compute_dtype, b, flops)
+
+
+def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = None) -> Program:
+    """What draws a batch with a recipe's model and sampling options, in bfloat16.
+
+    Args: `stories`, by default one for each part of a batch. Raises `UserError` where they do not
+    fit the devices.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    ways = batch_ways(mesh)
+    b = stories or ways
+    require(b % ways == 0, f"batch_size = {b} is not divisible by data x fsdp = {ways}")
+    placement = Placement(mesh, config.mesh.rules)
+    model = StoryModel(config.model, jnp.bfloat16)
+    about, sampling = config.model, config.model.sampling
+    placement.check(model.shapes)
+    params = jax.tree.map(
+        lambda p, sharding: jax.ShapeDtypeStruct(p.shape, model.dtype, sharding=sharding),
+        model.shapes,
+        placement.shardings(model.shapes),
+    )
+    f, tokens = about.unet.n_frames, _words(config)
+    shape = (b, f, *about.latent_size(about.height, about.width), about.unet.in_channels)
+    keys = _array(mesh, BATCH, (b,), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    picture = (b, 1, about.height, about.width, 3)
+    inputs = Inputs(
+        _array(mesh, BATCH, (b, f, tokens), jnp.int32),
+        _array(mesh, BATCH, shape, jnp.float32),
+        keys,
+        keys,
+        _array(mesh, BATCH, picture, jnp.uint8) if about.unet.is_continuation else None,
+    )
+    everywhere = PartitionSpec()
+    solver = make_sampler(about.scheduler, sampling)
+    sampler = jax.tree.map(
+        lambda x: _array(mesh, everywhere, x.shape, x.dtype), jax.tree.map(jnp.asarray, solver)
+    )
+    scales = Scales(*(_array(mesh, everywhere, (), jnp.float32) for _ in Scales._fields))
+    null_ids = _array(mesh, everywhere, (tokens,), jnp.int32)
+    motion = _array(mesh, everywhere, (f - 1,), jnp.float32)
+    branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
+    arguments = params, inputs, null_ids, motion, sampler, scales, None
+    lowered = drawing_program(model, placement).lower(branches, *arguments)
+    flops = b * drawing_flops(about, len(solver.timesteps), branches).total()
+    return Program(lowered, mesh, "bfloat16", b, flops)
+
+
+def report(program: Program) -> dict[str, Any]:
+    """Compile, and say what the program takes of each device; `fits`, whether it has that.
+
+    Operations are XLA's count, which passes over zero padding and takes a loop's body once, and
+    the project's (`flops.py`). The prediction is the roofline: all operations, at the device's
+    peak, or all memory traffic, at its bandwidth, whichever takes longer, and no collective.
+    """
+    chips, device = program.mesh.size, program.mesh.devices.flat[0]
+    useful = program.useful_flops // chips
+    values: dict[str, Any] = {
+        "device": device.device_kind,
+        "chips": chips,
+        "mesh": dict(program.mesh.shape),
+        "batch_size": program.stories,
+        "useful_flops_per_chip": useful,
+        "hbm_limit": memory_limit(device),
+    }
+    began = time.monotonic()
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = needed_memory(error)
+        if found is None:
+            raise
+        values["compile_seconds"] = round(time.monotonic() - began, 1)
+        return {"fits": False, "hbm_bytes_per_chip": {"total": found[0]}, **values}
+    values["compile_seconds"] = round(time.monotonic() - began, 1)
+    memory = memory_use(compiled)
+    cost: Any = compiled.cost_analysis()
+    hlo, flops = compiled.as_text() or "", int(cost["flops"])
+    traffic = memory_traffic(hlo)
+    values |= {
+        "flops_per_chip": flops,
+        "memory_traffic_per_chip": traffic,
+        "collectives": {kind: c._asdict() for kind, c in sorted(collectives(hlo).items())},
+    }
+    peak = peak_flops(device.device_kind, program.dtype)
+    if peak:
+        seconds = max(max(flops, useful) / peak, traffic / DEVICES[device.device_kind].bandwidth)
+        values["predicted_seconds"] = seconds
+        values["predicted_stories_per_second"] = program.stories / seconds
+    fits = memory["total"] <= values["hbm_limit"]
+    return {"fits": fits, "hbm_bytes_per_chip": memory, **values}
+
+
+def memory_use(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes on each device; what is written over donated arguments counts as argument."""
+    stats: Any = compiled.memory_analysis()
+    memory = {
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "program": stats.generated_code_size_in_bytes,
+    }
+    return {**memory, "total": sum(memory.values())}
+
+
+def _words(config: TrainConfig) -> int:
+    return config.model.text_encoder.max_position_embeddings
+
+
+def _array(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

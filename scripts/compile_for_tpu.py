@@ -1,0 +1,68 @@
+"""Compile a recipe's training step, or drawing, for a TPU slice that is not there.
+
+    python scripts/compile_for_tpu.py --config configs/pororo_visualization.py --topology v5e:4x4 \
+        --config.batch_size=96 --config.accumulation_steps=1 --config.mesh.data=1 \
+        --config.mesh.fsdp=-1 --config.remat=full
+
+Prints one line of JSON (docs/scaling.md says how to read it) and exits with 0 if the program fits
+the chips' memory, with 1 if not. Neither weights nor data need be there. Needs the extra [tpu], and
+minutes and several GB for a published recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Before JAX is imported: it shall not look for TPUs, nor keep what it compiles for none.
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    JAX_ENABLE_COMPILATION_CACHE="false",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",  # any
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_WORKER_ID="0",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contextualstory_jax.ahead import drawing, report, tpu_devices, training  # noqa: E402
+from contextualstory_jax.cli import ArgumentParser, run, split_overrides  # noqa: E402
+from contextualstory_jax.recipes import load_recipe  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Raises `UserError` for what does not fit the slice but for its memory."""
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", required=True, metavar="RECIPE")
+    parser.add_argument("--topology", required=True, help="v5e:4x4, v4:2x2x2, v5p:4x4x4, v6e:16x16")
+    parser.add_argument(
+        "--sampler",
+        action="store_true",
+        help="compile drawing: --config.batch_size stories at once, by default one a chip",
+    )
+    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(rest)
+    config = load_recipe(arguments.config, overrides)
+    devices = tpu_devices(arguments.topology)
+    if arguments.sampler:
+        given = any(override.startswith("batch_size=") for override in overrides)
+        program = drawing(config, devices, config.batch_size if given else None)
+        about = {"program": "sampler"}
+    else:
+        program = training(config, devices)
+        about = {"program": "training", "remat": config.remat}
+        about["accumulation_steps"] = config.accumulation_steps
+    about = {"config": arguments.config, "overrides": overrides, **about}
+    values = report(program)
+    print(json.dumps({"topology": arguments.topology, **about, **values}))
+    sys.exit(0 if values["fits"] else 1)
+
+
+if __name__ == "__main__":
+    run(main)
