@@ -146,7 +146,7 @@ def test_two_processes_of_four_devices_train_as_one_device(one, two_processes):
 def test_the_first_process_alone_speaks_and_all_draw(two_processes):
     workdir, ((out, errors), (silent, others)) = two_processes
 
-    assert "trained parameters: " in out and "step 3: loss" in errors
+    assert "trained parameters: " in out and "step 3: loss" in out and "3/3" in errors
     assert "parameters" not in silent and "step" not in others
     assert (workdir / "samples" / "step_0000003.png").is_file()
     assert all(line["validation_loss"] > 0 for line in metrics(workdir) if line["step"] != 2)
