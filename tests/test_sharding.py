@@ -211,8 +211,10 @@ def test_kernels_are_split_over_fsdp_alone(eight_devices):
 
     assert all(shard == whole for whole, shard in shards["data"].values())
     for name, (whole, shard) in shards["fsdp"].items():
-        *before, last = whole
-        assert shard == ([*before, last // 8] if last % 8 == 0 else whole), name
+        split = Placement(EIGHT).spec(f"unet.{name}", tuple(whole))
+        assert shard == [
+            size // 8 if axis == "fsdp" else size for size, axis in zip(whole, split, strict=True)
+        ], name
     assert any(shard != whole for whole, shard in shards["fsdp"].values())
 
 
