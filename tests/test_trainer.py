@@ -438,6 +438,7 @@ def test_a_profile_is_written_of_the_steps_asked_for(recipe, tmp_path, no_sample
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_the_validation_loss_is_the_same_for_the_same_weights(recipe, whole):
     config = dataclasses.replace(recipe, text_drop=1.0)
     model = StoryModel(config.model)
