@@ -17,7 +17,7 @@ class Instruction(NamedTuple):
     name: str
     result: str  # its type: one array or a tuple
     operation: str
-    operands: list[str]
+    operands: list[str]  # names; of a constant, its value
     rest: str  # attributes
 
 
@@ -63,9 +63,29 @@ def computations(hlo: str) -> dict[str, Computation]:
         match = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(([^)]*)\)?(.*)", line)
         if match and current:
             name, result, operation, operands, rest = match.groups()
-            names = re.findall(r"%([\w.-]+)", operands)
+            names = re.findall(r"%([\w.-]+)", operands) or [operands]
             current.instructions.append(Instruction(name, result, operation, names, rest))
     return found
+
+
+def loop_length(found: dict[str, Computation], loop: Instruction) -> int:
+    """How often a loop's body runs, or 1 where its length is not known.
+
+    A TPU's program does not say it, but its condition compares a counter from 0 with a constant.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%([\w.-]+)", loop.rest)
+    if condition is None:
+        return 1
+    instructions = found[condition[1]].instructions
+    values = {i.name: i.operands[0] for i in instructions if i.operation == "constant"}
+    compared = instructions[-1]
+    if compared.operation != "compare" or "direction=LT" not in compared.rest:
+        return 1
+    length = values.get(compared.operands[-1], "")
+    return int(length) if length.isdigit() else 1
 
 
 def runs(found: dict[str, Computation], *, inside_fusions: bool) -> Counter[str]:
@@ -76,8 +96,7 @@ def runs(found: dict[str, Computation], *, inside_fusions: bool) -> Counter[str]
         times[name] += count
         for instruction in found[name].instructions:
             if instruction.operation == "while":
-                length = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.rest)
-                inner = count * (int(length[1]) if length else 1)
+                inner = count * loop_length(found, instruction)
             elif inside_fusions or instruction.operation in ("call", "conditional"):
                 inner = count
             else:

@@ -7,14 +7,14 @@ them is float32.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num, Real, UInt8
 
 from contextualstory_jax.config import ModelConfig, Remat
-from contextualstory_jax.models.blocks import TextKeysValues
+from contextualstory_jax.models.blocks import TextKeysValues, TimeShifts
 from contextualstory_jax.models.clip_text import CLIPTextModel
 from contextualstory_jax.models.network import Network, Params
 from contextualstory_jax.models.temporal import clamp_alphas
@@ -29,13 +29,6 @@ from contextualstory_jax.models.vae import (
 )
 
 Parts = dict[str, Params]
-
-
-class Condition(NamedTuple):
-    """What a story tells the UNet at every denoising step, computed once."""
-
-    text: list[TextKeysValues]  # keys and values of each cross-attention
-    storyflow: Float[Array, "#b f c"] | None
 
 
 class StoryModel:
@@ -100,30 +93,38 @@ class StoryModel:
         """Sentences that have read each other; the null text bypasses this."""
         return self._unet(params).contextualize(text.astype(self.dtype))
 
-    def condition(
-        self, params: Parts, storyline: Float[Array, "b f l d"], motion: Num[Array, "#b m"]
-    ) -> Condition:
-        """What every step needs of contextualized text (or null text) and of StoryFlow values."""
+    def text_keys_values(
+        self, params: Parts, storyline: Float[Array, "b f l d"]
+    ) -> list[TextKeysValues]:
+        """What every step needs of contextualized text, or of null text."""
+        return self._unet(params).text_keys_values(storyline.astype(self.dtype))
+
+    def time_shifts(
+        self, params: Parts, timesteps: Num[Array, " b"], motion: Num[Array, "#b m"]
+    ) -> TimeShifts:
+        """What the UNet is told of steps and of scene changes (StoryFlow values)."""
         unet = self._unet(params)
-        return Condition(unet.text_keys_values(storyline), unet.storyflow(motion))
+        # One picture a frame: the stride is 1, as in the original's recipes.
+        strides = jnp.ones_like(timesteps) if self.config.unet.use_frame_stride_condition else None
+        return unet.time_shifts(timesteps, unet.storyflow(motion), strides)
 
     def predict(
         self,
         params: Parts,
         noisy: Float[Array, "b g p q c"],
-        timesteps: Num[Array, " b"],
-        condition: Condition,
+        shifts: TimeShifts,
+        text: list[TextKeysValues],
         first_frame: Float[Array, "b p q c"] | None,
-    ) -> Float[Array, "b g p q c"]:
-        """The UNet's prediction, float32, for all frames, or all but the first in continuation."""
+    ) -> Float[Array, "bn g p q c"]:
+        """The UNet's prediction, float32, for all frames, or all but the first in continuation.
+
+        There is one for each branch of guidance that `text` holds of a story.
+        """
         prediction = self._unet(params)(
             noisy.astype(self.dtype),
-            timesteps,
-            condition.text,
-            condition.storyflow,
+            shifts,
+            text,
             None if first_frame is None else first_frame.astype(self.dtype),
-            # One picture a frame: the stride is 1, as in the original's recipes.
-            jnp.ones_like(timesteps) if self.config.unet.use_frame_stride_condition else None,
         )
         return prediction.astype(jnp.float32)
 

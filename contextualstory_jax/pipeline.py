@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.tokenizer import Tokenizer
 
 SHIPPED = Path(__file__).parent / "shipped"
+DECODED_AT_ONCE = 4  # stories on a device
 
 
 class Story(NamedTuple):
@@ -104,41 +106,62 @@ def draw_latents(
     frameinit: FrameInit | None,
 ) -> Float[Array, "b f p q c"]:
     """Denoise one batch; `branches` is how many predictions guidance needs (`guidance.py`)."""
-    b, f, _ = inputs.ids.shape
-    text = model.encode_text(params, inputs.ids)
-    null_text = model.encode_text(params, null_ids[None, None])
-    storyline = model.contextualize(params, text)
-    # The null text bypasses the contextualizer.
-    null_text = jnp.broadcast_to(null_text.astype(storyline.dtype), storyline.shape)
-    storyline = interleave([null_text] * (branches - 1) + [storyline])
-    condition = model.condition(params, storyline, motion[None])
+    storyline = model.contextualize(params, model.encode_text(params, inputs.ids))
+    text = model.text_keys_values(params, storyline)
+    if branches > 1:
+        # The null text bypasses the contextualizer, and is the same for all frames and stories.
+        null_text = model.encode_text(params, null_ids[None, None])
+        null = model.text_keys_values(params, null_text)
+
+        def all_branches(null: Array, own: Array) -> Array:
+            return interleave([jnp.broadcast_to(null, own.shape)] * (branches - 1) + [own])
+
+        text = jax.tree.map(all_branches, null, text)
+    # Of all steps at once; the first axis is theirs.
+    shifts = jax.vmap(lambda t: model.time_shifts(params, t[None], motion[None]))(
+        jnp.asarray(sampler.timesteps)
+    )
     noise, first_latents, first_inputs = inputs.noise, None, None
     if inputs.first_frame is not None:
         clip = model.encode_pictures(params, inputs.first_frame, inputs.frame_keys)
         first_latents = clip[:, :1]
         if frameinit is not None:
             noise = mix(frameinit, clip, noise)
-        # With image guidance the first branch is given the initial noise for a first frame. Parity:
-        # as large as the solver's first latents are, also where that is not the network's scale.
-        scaled_noise = noise[:, :1] * sampler.init_noise_sigma
-        given = (
-            [scaled_noise, first_latents, first_latents]
-            if branches == 3
-            else [first_latents] * branches
-        )
-        first_inputs = interleave(given)[:, 0]
+        first_inputs = first_latents[:, 0]
+        if branches == 3:
+            # With image guidance the first branch is given the initial noise for a first frame.
+            # Parity: as large as the solver's first latents are, also where that is not the
+            # network's scale.
+            scaled_noise = noise[:, 0] * sampler.init_noise_sigma
+            first_inputs = interleave([scaled_noise, first_inputs, first_inputs])
         noise = noise[:, 1:]
 
-    def predict(x: Array, t: Array) -> Array:
-        together = interleave([x] * branches)
-        prediction = model.predict(
-            params, together, jnp.broadcast_to(t, b * branches), condition, first_inputs
-        )
-        prediction = prediction.reshape(b, branches, *x.shape[1:]).swapaxes(0, 1)
+    def predict(x: Array, shifts: Any) -> Array:
+        # Branches that differ by their text alone share what comes before it.
+        given = interleave([x] * branches) if branches == 3 else x
+        prediction = model.predict(params, given, shifts, text, first_inputs)
+        prediction = prediction.reshape(-1, branches, *x.shape[1:]).swapaxes(0, 1)
         return guide(prediction, scales.text, scales.image, scales.rescale)
 
-    latents = denoise(sampler, predict, noise, inputs.step_keys)
+    latents = denoise(sampler, predict, noise, inputs.step_keys, shifts)
     return latents if first_latents is None else jnp.concatenate([first_latents, latents], axis=1)
+
+
+def decode(
+    model: StoryModel, params: Parts, latents: Float[Array, "b f p q c"], ways: int
+) -> UInt8[Array, "b f h w 3"]:
+    """Pictures of latents that lie on `ways` devices, on each a few stories at a time.
+
+    The codec's largest arrays, at the pictures' full size, bound how many stories fit in memory.
+    """
+    of_device = len(latents) // ways
+    at_once = ways * math.gcd(of_device, DECODED_AT_ONCE)
+    # Every n-th story, so that each device has its share of each turn.
+    turns = latents.reshape(at_once, -1, *latents.shape[1:]).swapaxes(0, 1)
+    if len(turns) == 1:
+        return model.decode(params, latents)
+    pictures = jax.lax.map(functools.partial(model.decode, params), turns).swapaxes(0, 1)
+    return pictures.reshape(len(latents), *pictures.shape[2:])
 
 
 @functools.lru_cache(maxsize=1)  # training draws again and again, each time with other weights
@@ -153,7 +176,7 @@ def drawing_program(model: StoryModel, placement: Placement) -> jax.stages.Wrapp
     def program(branches: int, params: Parts, *arguments: Any) -> tuple[Array, Array]:
         params = placement.whole(params)
         latents = draw_latents(model, branches, params, *arguments)
-        return model.decode(params, latents), latents
+        return decode(model, params, latents, batch_ways(placement.mesh)), latents
 
     # Pictures come back to every process.
     everywhere = NamedSharding(placement.mesh, PartitionSpec())
@@ -292,9 +315,11 @@ class StoryPipeline:
         )
         if initial_latents is not None:
             _check_latents(initial_latents, (len(stories), *shape))
-        # Every batch has one size, so that one program serves: the last story fills the last batch.
+        # Every batch has one size, a power of two up to `batch_size`, so that one program serves
+        # and few do for any number of stories: the last story fills the last batch.
         ways = batch_ways(self.mesh)
-        batch_size = -(-min(batch_size, len(stories)) // ways) * ways
+        bucket = min(batch_size, 1 << (len(stories) - 1).bit_length())
+        batch_size = -(-bucket // ways) * ways
         for start in range(0, len(stories), batch_size):
             chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
             real = min(batch_size, len(stories) - start)

@@ -196,14 +196,16 @@ def loss(
     # The null text bypasses the contextualizer.
     dropped = draws.drop_text[:, None, None, None]
     storyline = jnp.where(dropped, null_text.astype(storyline.dtype), storyline)
+    keys_values = model.text_keys_values(params, storyline)
     # Parity: StoryFlow values are truncated to integers in training, not in sampling.
-    condition = model.condition(params, storyline, jnp.trunc(storyflow(draws.latents)))
+    motion = jnp.trunc(storyflow(draws.latents))
+    shifts = model.time_shifts(params, draws.timesteps, motion)
     first_frame = None
     if model.config.unet.is_continuation:
         dropped = draws.drop_first_frame[:, None, None, None]
         first_frame = jnp.where(dropped, noisy[:, 0], draws.latents[:, 0])
         noisy, target = noisy[:, 1:], target[:, 1:]
-    prediction = model.predict(params, noisy, draws.timesteps, condition, first_frame)
+    prediction = model.predict(params, noisy, shifts, keys_values, first_frame)
     weight = min_snr_weight(schedule, draws.timesteps, snr_gamma)
     return jnp.mean(story_losses(prediction, target, weight))
 

@@ -109,21 +109,21 @@ def traced_unet(config: ModelConfig, stories: int) -> int:
     """The operations of one prediction for so many stories as it is computed."""
     model, unet = StoryModel(config), config.unet
     size = config.latent_size(config.height, config.width)
-    condition = jax.eval_shape(
-        model.condition,
-        model.shapes,
-        array(stories, FRAMES, TOKENS, unet.cross_attention_dim),
-        array(stories, FRAMES),
-    )
+    storyline = array(stories, FRAMES, TOKENS, unet.cross_attention_dim)
+    text = jax.eval_shape(model.text_keys_values, model.shapes, storyline)
+    times = model.shapes, array(stories, dtype=jnp.int32), array(stories, FRAMES)
+    shifts = jax.eval_shape(model.time_shifts, *times)
     given = unet.is_continuation
-    return traced_flops(
+    once = traced_flops(
         model.predict,
         model.shapes,
         array(stories, FRAMES - given, *size, unet.in_channels),
-        array(stories, dtype=jnp.int32),
-        condition,
+        shifts,
+        text,
         array(stories, *size, unet.in_channels) if given else None,
     )
+    storyflow = stories * storyline_flops(config)["StoryFlow"]  # is work of the story
+    return once + traced_flops(model.time_shifts, *times) - storyflow
 
 
 def masked(config: ModelConfig) -> int:
@@ -166,11 +166,14 @@ def test_what_is_done_once_a_story_is_counted_as_it_is_traced():
     model = StoryModel(config)
     text = array(1, FRAMES, TOKENS, config.unet.cross_attention_dim)
 
+    def storyflow(params, motion):
+        return model.unet.bind(params).storyflow(motion)
+
     parts = storyline_flops(config)
 
     assert parts["contextualizer"] == traced_flops(model.contextualize, model.shapes, text)
-    condition = traced_flops(model.condition, model.shapes, text, array(1, FRAMES))
-    assert parts["text keys and values"] + parts["StoryFlow"] == condition
+    assert parts["text keys and values"] == traced_flops(model.text_keys_values, model.shapes, text)
+    assert parts["StoryFlow"] == traced_flops(storyflow, model.shapes["unet"], array(1, FRAMES))
     ids = array(1, 1, TOKENS, dtype=jnp.int32)
     assert text_tower_flops(config) == traced_flops(model.encode_text, model.shapes, ids)
 
@@ -202,8 +205,9 @@ def test_a_gradient_takes_three_times_the_forward_pass():
 
     def loss(unet, text, motion, noisy, timesteps):
         params = {"unet": unet}
-        condition = model.condition(params, model.contextualize(params, text), motion)
-        return model.predict(params, noisy, timesteps, condition, None).sum()
+        keys_values = model.text_keys_values(params, model.contextualize(params, text))
+        shifts = model.time_shifts(params, timesteps, motion)
+        return model.predict(params, noisy, shifts, keys_values, None).sum()
 
     arguments = (model.shapes["unet"], text, motion, noisy, timesteps)
     forward = traced_flops(loss, *arguments)

@@ -98,6 +98,17 @@ def test_a_loop_of_unknown_length_counts_once():
     assert collectives(endless)["all-reduce"] == (1, 64)
 
 
+def test_a_loop_on_a_tpu_runs_as_long_as_its_condition_says():
+    counted = LOOP.replace("known_trip_count", "other").replace(
+        "ROOT %less = pred[] constant(true)",
+        "%n = s32[]{:T(128)} constant(20)\n"
+        "  %i.1 = s32[]{:T(128)} get-tuple-element(%carry.1), index=0\n"
+        "  ROOT %less = pred[]{:T(512)} compare(%i.1, %n), direction=LT",
+    )
+
+    assert collectives(counted)["all-reduce"] == (20, 20 * 64)
+
+
 def test_memory_traffic_is_what_instructions_read_and_write():
     gather, scatter, loop = 16 + 64, 64 + 16, 5 * (64 + 64)
     assert memory_traffic(LOOP) == gather + scatter + loop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -409,7 +410,8 @@ def inputs(config: UNetConfig, dtype=jnp.float32) -> tuple:
 def predict(unet: UNet, sample, timesteps, text, motion, first_frame, frame_stride):
     """A story's way through all of the UNet's calls."""
     text = unet.text_keys_values(unet.contextualize(text))
-    return unet(sample, timesteps, text, unet.storyflow(motion), first_frame, frame_stride)
+    shifts = unet.time_shifts(timesteps, unet.storyflow(motion), frame_stride)
+    return unet(sample, shifts, text, first_frame)
 
 
 def traced(config: UNetConfig, dtype=None) -> tuple[set[str], jax.ShapeDtypeStruct]:
@@ -530,8 +532,8 @@ CONTINUATION = tiny(
 def continued(unet: UNet, first_frame: jax.Array) -> jax.Array:
     sample = random(STORIES, FRAMES - 1, SIZE, SIZE, 3)
     text = random(STORIES, FRAMES, TEXT, WIDTH)
-    timesteps = jnp.full(STORIES, 10)
-    return unet(sample, timesteps, unet.text_keys_values(text), None, first_frame)
+    shifts = unet.time_shifts(jnp.full(STORIES, 10))
+    return unet(sample, shifts, unet.text_keys_values(text), first_frame)
 
 
 @pytest.fixture(scope="module")
@@ -556,7 +558,7 @@ def test_skips_that_are_a_block_s_input_hold_the_first_frame(continuation, monke
     first_frame = random(STORIES, SIZE, SIZE, 3, seed=1)
     received = []
 
-    def record(self, x, skips, temb, text):
+    def record(self, x, skips, shifts, text):
         received.append(list(skips))
         return jnp.zeros((STORIES, FRAMES, SIZE, SIZE, 32))
 
@@ -576,6 +578,31 @@ def test_skips_that_are_a_block_s_input_hold_the_first_frame(continuation, monke
     np.testing.assert_allclose(downsampled, down[1].first_frame_conv(halved), 1e-4, 1e-5)
     np.testing.assert_allclose(resnet1, mid.first_frame_conv(halved), 1e-4, 1e-5)
     assert np.abs(resnet0 - conv_in).max() > 0.1  # what no block begins with is left alone
+
+
+@pytest.mark.parametrize("changes", [{}, {"first_frame_condition_mode": "conv2d"}], ids=str)
+def test_branches_share_what_comes_before_the_text(changes):
+    # Sample and first frame of one story, its null text and its text: as with all given twice.
+    config = tiny(**changes)
+    network = Network(lambda: UNet(config))
+    given = config.is_continuation
+    text = random(2 * STORIES, FRAMES, TEXT, WIDTH)
+    sample = random(STORIES, FRAMES - given, SIZE, SIZE, 3, seed=1)
+    first_frame = random(STORIES, SIZE, SIZE, 3, seed=2) if given else None
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def predict(params, repeats):
+        unet = network.bind(params)
+        shifts = unet.time_shifts(jnp.array([10]), unet.storyflow(jnp.ones((1, FRAMES - 1))))
+        x, frame = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), (sample, first_frame))
+        return unet(x, shifts, unet.text_keys_values(text), frame)
+
+    params = draw(network)
+    both = predict(params, 1)
+
+    np.testing.assert_allclose(both, predict(params, 2), 1e-4, 1e-5)
+    assert np.abs(both[0] - both[1]).max() > 1e-2
+    assert both.shape[0] == 2 * STORIES
 
 
 def test_only_frame_0_is_overwritten(continuation):
@@ -639,7 +666,7 @@ def test_a_first_frame_is_refused_by_a_visualization_model(strided):
     sample = jnp.zeros((1, FRAMES - 1, SIZE, SIZE, 3))
 
     with pytest.raises(ValueError, match="first_frame_condition_mode is 'none'"):
-        strided(sample, jnp.array([10]), [], first_frame=sample[:, 0])
+        strided(sample, [], [], first_frame=sample[:, 0])
 
 
 def test_a_continuation_model_asks_for_the_first_frame(continuation):
@@ -647,7 +674,7 @@ def test_a_continuation_model_asks_for_the_first_frame(continuation):
     unet = network.bind(params)
 
     with pytest.raises(ValueError, match="first_frame_condition_mode is 'conv2d'"):
-        unet(jnp.zeros((1, FRAMES - 1, SIZE, SIZE, 3)), jnp.array([10]), [])
+        unet(jnp.zeros((1, FRAMES - 1, SIZE, SIZE, 3)), [], [])
 
 
 # What the backward pass computes again
@@ -660,9 +687,8 @@ def loss_of(remat: str):
 
     def loss(params):
         unet = network.bind(params)
-        storyflow = unet.storyflow(jnp.ones((1, FRAMES - 1)))
-        keys_values = unet.text_keys_values(text)
-        return (unet(sample, jnp.array([10]), keys_values, storyflow) ** 2).mean()
+        shifts = unet.time_shifts(jnp.array([10]), unet.storyflow(jnp.ones((1, FRAMES - 1))))
+        return (unet(sample, shifts, unet.text_keys_values(text)) ** 2).mean()
 
     return loss, draw(network)
 

@@ -19,7 +19,8 @@ from contextualstory_jax.config import FrameInitConfig, ModelConfig, SamplingCon
 from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
 from contextualstory_jax.diffusion.samplers import Sampler
 from contextualstory_jax.model import StoryModel
-from contextualstory_jax.pipeline import Inputs, Scales, draw_latents, story_key
+from contextualstory_jax.models.spatial import per_branch
+from contextualstory_jax.pipeline import Inputs, Scales, decode, draw_latents, story_key
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
 STORIES = [
@@ -82,6 +83,51 @@ def test_a_story_is_the_same_in_any_batch(pipeline):
     assert levels_apart(batch.pictures, np.stack(alone)) <= 1  # programs of two sizes round apart
     assert levels_apart(batch.pictures, turned) <= 1
     assert levels_apart(batch.pictures[0], batch.pictures[1]) > 20
+
+
+@pytest.mark.slow  # compiles for three sizes of batch
+def test_a_hundred_mixed_requests_compile_nothing(pipeline):
+    generator = np.random.default_rng(0)
+
+    def draw(stories: int, **options) -> None:
+        names = (f"story {i}" for i in range(stories))
+        list(pipeline.draw_batches([Story(SENTENCES, n) for n in names], batch_size=4, **options))
+
+    def mixed() -> dict[str, object]:
+        scale, eta, rescale = generator.uniform((1.5, 0, 0), (9, 1, 1)).tolist()
+        sampling = SamplingConfig(steps=2, guidance_scale=scale, eta=eta, guidance_rescale=rescale)
+        motion = generator.uniform(0, 40, 4).tolist()
+        return {"seed": int(generator.integers(99)), "sampling": sampling, "storyflow": motion}
+
+    for bucket in (1, 2, 4):
+        draw(bucket, **mixed())
+    compiled: list[str] = []
+
+    def hear(event: str, *_: object, **__: object) -> None:
+        compiled.extend([event] if "backend_compile" in event else [])
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        for _ in range(100):
+            draw(int(generator.integers(1, 10)), **mixed())
+        seen = list(compiled)
+        jax.jit(lambda x: x + 1)(generator.random())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+
+    assert seen == []
+    assert len(compiled) == 1  # or it would not have been heard
+
+
+def test_a_device_decodes_a_few_stories_at_a_time(tiny_model_config):
+    # 12 stories on 2 devices: 6 on each, of which 2 in each of 3 turns.
+    model = PlainModel(tiny_model_config)
+    latents = jnp.arange(12.0)[:, None, None, None, None] * jnp.ones((12, 5, 2, 2, 3))
+    program = jax.make_jaxpr(lambda latents: decode(model, {}, latents, 2))(latents)
+
+    np.testing.assert_array_equal(decode(model, {}, latents, 2), latents)
+    (loop,) = (e for e in program.eqns if e.primitive.name == "scan")
+    assert loop.params["length"] == 3
 
 
 def test_noise_is_a_function_of_the_seed_and_the_id_alone(pipeline):
@@ -196,16 +242,22 @@ class PlainModel(StoryModel):
     def contextualize(self, params, text):
         return 10 * text
 
-    def condition(self, params, storyline, motion):
-        return storyline[:, 0, 0, 0], motion.mean()
+    def text_keys_values(self, params, storyline):
+        return storyline[:, :1, 0, 0]
+
+    def time_shifts(self, params, timesteps, motion):
+        return motion.mean() + timesteps
 
     def encode_pictures(self, params, pictures, keys):
         return pictures[:, :, ::4, ::4, :1].astype(jnp.float32)
 
-    def predict(self, params, noisy, timesteps, condition, first_frame):
-        text, motion = condition
-        given = 0 if first_frame is None else first_frame[:, None]
-        return text[:, None, None, None, None] + motion + noisy + given
+    def decode(self, params, latents):
+        return latents.astype(jnp.uint8)
+
+    def predict(self, params, noisy, shifts, text, first_frame):
+        noisy = per_branch(noisy, text)
+        given = 0 if first_frame is None else per_branch(first_frame, text)[:, None]
+        return text[..., None, None, None] + shifts + noisy + given
 
 
 # One step that hands the prediction on, from latents of three times the usual size

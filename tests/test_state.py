@@ -48,13 +48,16 @@ class LinearModel(StoryModel):
     def contextualize(self, params, text):
         return 10 * text
 
-    def condition(self, params, storyline, motion):
-        return storyline, motion
+    def text_keys_values(self, params, storyline):
+        return storyline
 
-    def predict(self, params, noisy, timesteps, condition, first_frame):
-        unet, (storyline, _) = params["unet"], condition
+    def time_shifts(self, params, timesteps, motion):
+        return None
+
+    def predict(self, params, noisy, shifts, text, first_frame):
+        unet = params["unet"]
         given = 0 if first_frame is None else first_frame[:, None]
-        text = storyline.mean(axis=(2, 3))[:, -noisy.shape[1] :, None, None, None]
+        text = text.mean(axis=(2, 3))[:, -noisy.shape[1] :, None, None, None]
         return unet["block.alpha"] * (noisy + given) + unet["block.bias"] + text
 
 
@@ -251,15 +254,19 @@ def test_a_dropped_text_has_no_say(model, recipe, drop):
 
 
 class Recorder(LinearModel):
-    """Keeps what `predict` and `condition` were called with."""
+    """Keeps what it was called with."""
 
-    def condition(self, params, storyline, motion):
-        self.storyline, self.motion = storyline, motion
-        return super().condition(params, storyline, motion)
+    def text_keys_values(self, params, storyline):
+        self.storyline = storyline
+        return super().text_keys_values(params, storyline)
 
-    def predict(self, params, noisy, timesteps, condition, first_frame):
+    def time_shifts(self, params, timesteps, motion):
+        self.motion = motion
+        return super().time_shifts(params, timesteps, motion)
+
+    def predict(self, params, noisy, shifts, text, first_frame):
         self.noisy, self.first_frame = noisy, first_frame
-        return super().predict(params, noisy, timesteps, condition, first_frame)
+        return super().predict(params, noisy, shifts, text, first_frame)
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ every schedule, eta and spacing with the same number of steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key
 
 from contextualstory_jax.config import SamplingConfig, SchedulerConfig
 from contextualstory_jax.diffusion.solvers.ddim import ddim
@@ -46,15 +47,17 @@ def make_sampler(config: SchedulerConfig, sampling: SamplingConfig) -> Sampler:
 
 def denoise(
     sampler: Sampler,
-    predict: Callable[[Latents, Num[Array, ""]], Latents],
+    predict: Callable[[Latents, Any], Latents],
     noise: Latents,
     keys: Key[Array, "b"],
+    told: Any = None,
 ) -> Latents:
     """Turn standard-normal latents into clean ones, in float32.
 
     `predict(x, t)` is the network with its conditions and guidance in it; `t` is one timestep for
-    all stories, whole or not. `keys`, one a story, seed the noise of stochastic solvers; they must
-    not be those that `noise` was drawn from, whose children JAX's `split` and `fold_in` share.
+    all stories, whole or not, or that step's share of `told`, arrays that hold something for each
+    of `sampler.timesteps`. `keys`, one a story, seed the noise of stochastic solvers; they must not
+    be those that `noise` was drawn from, whose children JAX's `split` and `fold_in` share.
     """
 
     def body(state, step):
@@ -67,7 +70,7 @@ def denoise(
     x = noise.astype(jnp.float32) * sampler.init_noise_sigma
     steps = (
         jnp.arange(len(sampler.timesteps)),
-        jnp.asarray(sampler.timesteps),
+        jnp.asarray(sampler.timesteps) if told is None else told,
         sampler.coefficients,
     )
     (x, _), _ = jax.lax.scan(body, (x, sampler.init_carry(x, sampler.coefficients)), steps)

@@ -29,10 +29,12 @@ from contextualstory_jax.models.spatial import (
     ResnetBlock2D,
     SpatialTransformer,
     Upsample2D,
+    per_branch,
 )
 from contextualstory_jax.models.temporal import TemporalResnetBlock, TemporalTransformer
 
 TextKeysValues = list[list[KeysValues]]  # [layer of the block][block of the transformer]
+TimeShifts = list[list[jax.Array]]  # [block][layer of the block], each b f c
 
 
 def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
@@ -99,30 +101,34 @@ class Block(nnx.Module):
         """Cross-attention keys and values of every layer."""
         return [attention.text_keys_values(text) for attention in self.attentions]
 
+    def time_shifts(self, temb: Float[Array, "b f t"]) -> list[Float[Array, "b f _"]]:
+        """What the time embedding adds in each resnet."""
+        return [resnet.time_shift(temb) for resnet in self.resnets]
+
     def put_first_frame(
-        self, x: Float[Array, "b f h w c"], first_frame: Float[Array, "b h0 w0 i"] | None
-    ) -> Float[Array, "b f h w c"]:
+        self, x: Float[Array, "bn f h w c"], first_frame: Float[Array, "b h0 w0 i"] | None
+    ) -> Float[Array, "bn f h w c"]:
         """Overwrite frame 0 by the clean first frame, brought to size by nearest neighbour."""
         if self.first_frame_conv is None or first_frame is None:
             return x
         ratio_h, ratio_w = first_frame.shape[1] // x.shape[2], first_frame.shape[2] // x.shape[3]
         frame = self.first_frame_conv(first_frame[:, ::ratio_h, ::ratio_w])
-        return jnp.concatenate([frame[:, None], x[:, 1:]], axis=1)
+        return jnp.concatenate([per_branch(frame, x)[:, None], x[:, 1:]], axis=1)
 
     def convolve(
-        self, i: int, x: Float[Array, "b f h w i"], temb: Float[Array, "b f t"]
+        self, i: int, x: Float[Array, "b f h w i"], shifts: list[Float[Array, "#b f _"]]
     ) -> Float[Array, "b f h w c"]:
         """Resnet and temporal convolution of layer i."""
 
-        def layer(x: Array, temb: Array) -> Array:
-            x = self.resnets[i](x, temb)
+        def layer(x: Array, shift: Array) -> Array:
+            x = self.resnets[i](x, shift)
             return self.conv3ds[i](x) if self.conv3ds else x
 
-        return self._recomputed(layer)(x, temb)
+        return self._recomputed(layer)(x, shifts[i])
 
     def attend(
         self, i: int, x: Float[Array, "b f h w c"], text: TextKeysValues, see_first_frame: bool
-    ) -> Float[Array, "b f h w c"]:
+    ) -> Float[Array, "bn f h w c"]:
         """Spatial and temporal transformer of layer i, where there are any."""
         if self.attentions:
             x = self._recomputed(lambda x: self.attentions[i](x, text[i], see_first_frame))(x)
@@ -160,12 +166,15 @@ class DownBlock(Block):
         self.see_first_frame = config.first_frame_condition_mode == "concat"
 
     def __call__(
-        self, x: Float[Array, "b f h w i"], temb: Float[Array, "b f t"], text: TextKeysValues
+        self,
+        x: Float[Array, "b f h w i"],
+        shifts: list[Float[Array, "#b f _"]],
+        text: TextKeysValues,
     ) -> tuple[Array, list[Array]]:
         """Returns the output and the skip connections, in the order they were made."""
         skips = []
         for i in range(len(self.resnets)):
-            x = self.attend(i, self.convolve(i, x, temb), text, self.see_first_frame)
+            x = self.attend(i, self.convolve(i, x, shifts), text, self.see_first_frame)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -201,10 +210,13 @@ class MidBlock(Block):
         return resnets - 1
 
     def __call__(
-        self, x: Float[Array, "b f h w c"], temb: Float[Array, "b f t"], text: TextKeysValues
-    ) -> Float[Array, "b f h w c"]:
-        x = self.attend(0, self.convolve(0, x, temb), text, self.see_first_frame)
-        return self.convolve(1, x, temb)
+        self,
+        x: Float[Array, "b f h w c"],
+        shifts: list[Float[Array, "#b f _"]],
+        text: TextKeysValues,
+    ) -> Float[Array, "bn f h w c"]:
+        x = self.attend(0, self.convolve(0, x, shifts), text, self.see_first_frame)
+        return self.convolve(1, x, shifts)
 
 
 class UpBlock(Block):
@@ -240,13 +252,13 @@ class UpBlock(Block):
         self,
         x: Float[Array, "b f h w i"],
         skips: list[Array],
-        temb: Float[Array, "b f t"],
+        shifts: list[Float[Array, "#b f _"]],
         text: TextKeysValues,
     ) -> Array:
         """Consumes skip connections from the end of `skips`."""
         for i in range(len(self.resnets)):
-            x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = self.attend(i, self.convolve(i, x, temb), text, self.see_first_frame)
+            x = jnp.concatenate([x, per_branch(skips.pop(), x)], axis=-1)
+            x = self.attend(i, self.convolve(i, x, shifts), text, self.see_first_frame)
         for upsample in self.upsamplers:
             x = upsample(x)
         return x

@@ -20,6 +20,16 @@ from contextualstory_jax.models.layers import (
 )
 
 
+def per_branch(
+    x: Float[Array, "b *rest"], other: Float[Array, "bn *others"]
+) -> Float[Array, "bn *rest"]:
+    """Repeat each story for the branches of guidance that `other` holds of it, one or more.
+
+    Branches differ by their text alone, so what lies before the first text is computed once.
+    """
+    return jnp.repeat(x, other.shape[0] // x.shape[0], axis=0)
+
+
 class ResnetBlock2D(nnx.Module):
     """Norm, SiLU, convolution, twice, the time embedding added between; residual.
 
@@ -36,11 +46,15 @@ class ResnetBlock2D(nnx.Module):
             None if channels_in == channels_out else conv1x1(channels_in, channels_out)
         )
 
+    def time_shift(self, temb: Float[Array, "b f t"]) -> Float[Array, "b f c"]:
+        """What the time embedding adds to every pixel."""
+        return self.time_emb_proj(jax.nn.silu(temb))
+
     def __call__(
-        self, x: Float[Array, "b f h w i"], temb: Float[Array, "b f t"]
+        self, x: Float[Array, "b f h w i"], shift: Float[Array, "#b f c"]
     ) -> Float[Array, "b f h w c"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(jax.nn.silu(temb))[:, :, None, None]
+        h = h + shift[:, :, None, None]
         h = self.conv2(jax.nn.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -81,14 +95,14 @@ class SpatialTransformerBlock(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b f s c"], text: KeysValues, see_first_frame: bool
-    ) -> Float[Array, "b f s c"]:
+    ) -> Float[Array, "bn f s c"]:
         y = self.norm1(x)
         k, v = self.attn1.keys_values(y)
         if see_first_frame:  # frame 0 sees its own tokens twice, as in the original
             k, v = (
                 jnp.concatenate([a, jnp.broadcast_to(a[:, :1], a.shape)], axis=2) for a in (k, v)
             )
-        x = x + self.attn1(y, (k, v))
+        x = per_branch(x + self.attn1(y, (k, v)), text[0])
         x = x + self.attn2(self.norm2(x), text)
         return x + self.ff(self.norm3(x))
 
@@ -112,9 +126,9 @@ class SpatialTransformer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b f h w c"], text: list[KeysValues], see_first_frame: bool
-    ) -> Float[Array, "b f h w c"]:
+    ) -> Float[Array, "bn f h w c"]:
         b, f, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, f, h * w, c)
         for block, keys_values in zip(self.transformer_blocks, text, strict=True):
             y = block(y, keys_values, see_first_frame)
-        return x + self.proj_out(y.reshape(b, f, h, w, c))
+        return per_branch(x, y) + self.proj_out(y.reshape(-1, f, h, w, c))

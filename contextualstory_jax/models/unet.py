@@ -1,9 +1,9 @@
 """The spatio-temporal UNet of ContextualStory.
 
-What does not depend on the denoising step has calls of its own, made once per story, and is passed
-in: `contextualize` (sentences reading each other), `text_keys_values` (every cross-attention's keys
-and values) and `storyflow` (the embedding of scene changes). `__call__` predicts the noise of one
-step from them.
+What does not depend on the noisy latents has calls of its own and is passed in: once per story
+`contextualize` (sentences reading each other), `text_keys_values` (every cross-attention's keys and
+values) and `storyflow` (the embedding of scene changes); for all steps together `time_shifts` (what
+every resnet is told of the step). `__call__` predicts the noise of one step from them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from contextualstory_jax.config import Remat, UNetConfig
-from contextualstory_jax.models.blocks import DownBlock, MidBlock, TextKeysValues, UpBlock
+from contextualstory_jax.models.blocks import (
+    DownBlock,
+    MidBlock,
+    TextKeysValues,
+    TimeShifts,
+    UpBlock,
+)
 from contextualstory_jax.models.embeddings import TimestepEmbedding, sinusoidal_embedding
 from contextualstory_jax.models.layers import conv3x3, group_norm
 from contextualstory_jax.models.storyflow import StoryFlowAdapter
@@ -58,8 +64,7 @@ class UNet(nnx.Module):
 
     def text_keys_values(self, storyline: Float[Array, "b f l d"]) -> list[TextKeysValues]:
         """Every cross-attention's keys and values, by block; sentence i conditions frame i."""
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return [block.text_keys_values(storyline) for block in blocks]
+        return [block.text_keys_values(storyline) for block in self._blocks]
 
     def storyflow(self, motion: Float[Array, "b m"]) -> Float[Array, "b f c"] | None:
         """Embed scene changes, `frames - 1` values or one a frame; None without an adapter."""
@@ -98,20 +103,33 @@ class UNet(nnx.Module):
             temb = temb + storyflow
         return jnp.broadcast_to(temb, (temb.shape[0], self.config.n_frames, temb.shape[-1]))
 
+    def time_shifts(
+        self,
+        timesteps: Num[Array, " b"],
+        storyflow: Float[Array, "#b f c"] | None = None,
+        frame_stride: Int[Array, " b"] | None = None,
+    ) -> TimeShifts:
+        """What `embed_time`'s embedding adds in every resnet, by block."""
+        temb = self.embed_time(timesteps, storyflow, frame_stride)
+        return [block.time_shifts(temb) for block in self._blocks]
+
+    @property
+    def _blocks(self) -> list[DownBlock | MidBlock | UpBlock]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
+
     def __call__(
         self,
         sample: Float[Array, "b g h w i"],
-        timesteps: Num[Array, " b"],
+        shifts: TimeShifts,
         text: list[TextKeysValues],
-        storyflow: Float[Array, "#b f c"] | None = None,
         first_frame: Float[Array, "b h w i"] | None = None,
-        frame_stride: Int[Array, " b"] | None = None,
-    ) -> Float[Array, "b g h w i"]:
+    ) -> Float[Array, "bn g h w i"]:
         """One step's prediction for the `g` frames of `sample`: in continuation, all but the first.
 
-        Args: `text` and `storyflow` as `text_keys_values` and `storyflow` gave them; `first_frame`,
-        the clean first frame's latents in continuation. Raises ValueError where the config and the
-        inputs disagree.
+        Args: `shifts`, each of batch 1 or b, and `text` as `time_shifts` and `text_keys_values`
+        gave them; `first_frame`, the clean first frame's latents in continuation. `text` may hold
+        several branches of guidance for each story, one after the other: then so does the
+        prediction. Raises ValueError where the config and the inputs disagree.
         """
         if (first_frame is not None) != self.config.is_continuation:
             raise ValueError(
@@ -119,18 +137,18 @@ class UNet(nnx.Module):
             )
         if first_frame is not None:
             sample = jnp.concatenate([first_frame[:, None], sample], axis=1)
-        temb = self.embed_time(timesteps, storyflow, frame_stride)
+        told = list(zip(shifts, text, strict=True))
         levels = len(self.down_blocks)
         x = self.conv_in(sample)
         skips = [x]
-        for block, block_text in zip(self.down_blocks, text[:levels], strict=True):
+        for block, block_told in zip(self.down_blocks, told[:levels], strict=True):
             # Parity: the first frame is written through a view, into the stored skip as well.
             skips[-1] = x = block.put_first_frame(x, first_frame)
-            x, block_skips = block(x, temb, block_text)
+            x, block_skips = block(x, *block_told)
             skips += block_skips
         skips[-1] = x = self.mid_block.put_first_frame(x, first_frame)
-        x = self.mid_block(x, temb, text[levels])
-        for block, block_text in zip(self.up_blocks, text[levels + 1 :], strict=True):
-            x = block(block.put_first_frame(x, first_frame), skips, temb, block_text)
+        x = self.mid_block(x, *told[levels])
+        for block, block_told in zip(self.up_blocks, told[levels + 1 :], strict=True):
+            x = block(block.put_first_frame(x, first_frame), skips, *block_told)
         x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
         return x[:, 1:] if first_frame is not None else x

@@ -135,11 +135,11 @@ def compare_unet(case: Case) -> Iterator[Comparison]:
 
         sample = branches(sample)
         timesteps = jnp.broadcast_to(arrays["timesteps"], sample.shape[:1])
+        motion = jnp.asarray(arrays["motion"])
         return unet(
             sample,
-            timesteps,
+            unet.time_shifts(timesteps, unet.storyflow(motion)),
             unet.text_keys_values(storyline),
-            unet.storyflow(jnp.asarray(arrays["motion"])),
             None if first_frame is None else branches(first_frame),
         )
 

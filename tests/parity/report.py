@@ -16,7 +16,7 @@ from contextualstory_jax.config import DataConfig
 from contextualstory_jax.data.loader import test_stories as held_out
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.errors import UserError
-from contextualstory_jax.model import Condition, Parts, StoryModel
+from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.vae import decode_latents
 from contextualstory_jax.pipeline import StoryPipeline
 from tests.parity.cases import COMPARE, Case, compare, compare_pipeline, relative_error
@@ -109,19 +109,19 @@ def story_arrays(pipeline: StoryPipeline) -> Arrays:
     }
 
 
-def condition(model: StoryModel, params: Parts, x: Arrays) -> Condition:
-    """What the story tells the UNet."""
-    return model.condition(params, x["storyline"].astype(model.dtype), x["motion"])
+def storyflow(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
+    """The embedding of the story's scene changes."""
+    return model.unet.bind(params["unet"], model.dtype).storyflow(x["motion"])
 
 
 def predict(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
     """The UNet's prediction for the story, half-way noisy."""
     t = jnp.array([TIMESTEP])
     noisy = add_noise(noise_schedule(model.config.scheduler), x["latents"], x["noise"], t)
-    told = condition(model, params, x)
+    told = model.time_shifts(params, t, x["motion"]), model.text_keys_values(params, x["storyline"])
     if not model.config.unet.is_continuation:
-        return model.predict(params, noisy, t, told, None)
-    return model.predict(params, noisy[:, 1:], t, told, x["latents"][:, 0])
+        return model.predict(params, noisy, *told, None)
+    return model.predict(params, noisy[:, 1:], *told, x["latents"][:, 0])
 
 
 def encode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
@@ -139,7 +139,7 @@ def decode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
 MODULES: tuple[tuple[str, str, Module], ...] = (
     ("text tower", "text", lambda m, p, x: m.encode_text(p, x["ids"])),
     ("Storyline Contextualizer", "storyline", lambda m, p, x: m.contextualize(p, x["text"])),
-    ("StoryFlow Adapter", "storyflow", lambda m, p, x: condition(m, p, x).storyflow),
+    ("StoryFlow Adapter", "storyflow", storyflow),
     ("VAE encoder", "latents", encode),
     ("UNet", "prediction", predict),
     ("VAE decoder", "pictures", decode),
