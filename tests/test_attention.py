@@ -267,3 +267,38 @@ def test_the_gate_is_the_exact_gelu():
     layer = network.bind({"proj.kernel": jnp.ones((1, 2)), "proj.bias": jnp.zeros(2)})
 
     np.testing.assert_allclose(layer(jnp.ones((1, 1))).item(), 0.841345, atol=1e-6)
+
+
+# Which implementation computes it
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "queries", "channels", "masked", "expected"),
+    [
+        ("gpu", jnp.bfloat16, 256, 64, False, "cudnn"),
+        ("gpu", jnp.float16, 1024, 128, False, "cudnn"),
+        ("gpu", jnp.float32, 1024, 64, False, "xla"),
+        ("gpu", jnp.bfloat16, 64, 64, False, "xla"),
+        ("gpu", jnp.bfloat16, 256, 160, False, "xla"),
+        ("gpu", jnp.bfloat16, 256, 20, False, "xla"),
+        ("gpu", jnp.bfloat16, 256, 64, True, "xla"),
+        ("tpu", jnp.bfloat16, 1024, 64, False, "xla"),
+        ("cpu", jnp.bfloat16, 1024, 64, False, "xla"),
+    ],
+)
+def test_cudnn_computes_what_it_takes_and_what_is_large(
+    monkeypatch, backend, dtype, queries, channels, masked, expected
+):
+    asked = []
+
+    def attend(q, k, v, *, mask, implementation):
+        asked.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    q, k = jnp.zeros((1, queries, 2, channels), dtype), jnp.zeros((1, 77, 2, channels), dtype)
+
+    attention(q, k, k, np.ones((queries, 77), bool) if masked else None)
+
+    assert asked == [expected]

@@ -1,0 +1,212 @@
+"""Compare ways to compute Spatially-Enhanced Temporal Attention, inside the module it is part of.
+
+    python scripts/benchmark_seta.py                     # times on this machine
+    python scripts/benchmark_seta.py --topology v5e:2x2  # what a TPU's compiler makes of each
+
+A line for each way and level of the published UNet: one story's first temporal attention, with its
+projections, forward, and forward and backward. All ways are checked to agree first. The model's own
+are the tiles; the others are here only to be compared:
+
+    gather    each pixel's 45 keys are gathered, as the paper says it
+    shifts    scores with the nine shifted maps of keys, nothing gathered
+    tiles N   queries in tiles of N x N pixels, keys with a halo, one mask
+    dense     all keys, with the logarithm of how often a query sees each as bias; where it fits
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.models import attention as models_attention
+from contextualstory_jax.models import temporal
+from contextualstory_jax.models.attention import attention, seta_attention
+from contextualstory_jax.models.network import Network
+from contextualstory_jax.models.temporal import TemporalAttention
+
+FRAMES, HEADS = 5, 8
+LEVELS = ((32, 320), (16, 640), (8, 1280))  # pixels a side, channels
+SHIFTS = tuple(itertools.product(range(3), repeat=2))
+DENSE_AT_MOST = 1280  # keys
+
+Way = Callable[..., jax.Array]
+
+
+def neighbours(x: jax.Array) -> list[jax.Array]:
+    """The nine shifted maps of (b f h w n k), the borders repeated; the fifth is the map itself."""
+    h, w = x.shape[2:4]
+    padded = jnp.pad(x, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0), (0, 0)], "edge")
+    return [padded[:, :, y : y + h, x : x + w] for y, x in SHIFTS]
+
+
+def seen() -> np.ndarray:
+    """Which frames' shifted maps a query's frame sees: (frames, shifts, frames)."""
+    frame, shift, other = np.indices((FRAMES, len(SHIFTS), FRAMES))
+    return (frame != other) | (shift == 4)
+
+
+def gather(q: jax.Array, k: jax.Array, v: jax.Array, own: None = None) -> jax.Array:
+    """Attention of each pixel over its own 45 keys."""
+    k, v = (rearrange(neighbours(x), "s b f h w n k -> b h w (s f) n k") for x in (k, v))
+    q = rearrange(q, "b f h w n k -> b h w f n k")
+    out = attention(q, k, v, seen().reshape(FRAMES, -1))
+    return rearrange(out, "b h w f n k -> b f h w n k")
+
+
+def shifts(q: jax.Array, k: jax.Array, v: jax.Array, own: None = None) -> jax.Array:
+    """A map of scores for each shift."""
+    scores = jnp.stack(
+        [
+            jnp.einsum("bfhwnk,bghwnk->bnhwfg", q, near, preferred_element_type=jnp.float32)
+            for near in neighbours(k)
+        ],
+        axis=-2,
+    )
+    scores = jnp.where(seen(), scores * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=(-2, -1)).astype(v.dtype)
+    parts = (
+        jnp.einsum("bnhwfg,bghwnk->bfhwnk", weights[..., i, :], near)
+        for i, near in enumerate(neighbours(v))
+    )
+    return functools.reduce(jnp.add, parts)
+
+
+@functools.cache
+def multiplicity(height: int, width: int) -> np.ndarray:
+    """How often each query's token sees each token: (f h w, f h w)."""
+    rows, columns = np.indices((height, width)).reshape(2, -1)
+    counts = np.zeros((FRAMES, height * width, FRAMES, height * width), np.float32)
+    for i, (y, x) in enumerate(SHIFTS):
+        near = np.clip(rows + y - 1, 0, height - 1) * width + np.clip(columns + x - 1, 0, width - 1)
+        for frame, other in itertools.product(range(FRAMES), repeat=2):
+            if frame != other or i == 4:
+                counts[frame, np.arange(height * width), other, near] += 1
+    return counts.reshape(FRAMES * height * width, -1)
+
+
+def dense(q: jax.Array, k: jax.Array, v: jax.Array, own: None = None) -> jax.Array:
+    """Attention over all tokens."""
+    _, _, h, w, _, _ = q.shape
+    with np.errstate(divide="ignore"):
+        bias = jnp.asarray(np.log(multiplicity(h, w)))[None, None]
+    flat = (rearrange(x, "b f h w n k -> b (f h w) n k") for x in (q, k, v))
+    out = jax.nn.dot_product_attention(*flat, bias=bias, implementation="xla")
+    return out.reshape(q.shape)
+
+
+def tiles(size: int) -> Way:
+    """The model's own way, with tiles of a size."""
+
+    def tiled(*arguments: Any) -> jax.Array:
+        with mock.patch.object(models_attention, "SETA_TILE", size):
+            return seta_attention(*arguments)
+
+    return tiled
+
+
+def ways(side: int) -> dict[str, Way]:
+    """The ways that fit a level."""
+    found = {"gather": gather, "shifts": shifts, "tiles 4": tiles(4), "tiles 8": tiles(8)}
+    return {**found, "dense": dense} if FRAMES * side**2 <= DENSE_AT_MOST else found
+
+
+Program = Callable[[dict[str, jax.Array], jax.Array], Any]
+
+
+def programs(side: int, channels: int) -> Iterator[tuple[str, Network, Program, Program]]:
+    """Each way's name and network, forward, and forward and backward."""
+    network = Network(lambda: TemporalAttention(channels, HEADS, seta=True, rotary=True))
+    for name, way in ways(side).items():
+
+        def forward(params: dict, x: jax.Array, way: Way = way) -> jax.Array:
+            with mock.patch.object(temporal, "seta_attention", way):
+                return network.bind(params)(x)
+
+        def both(params: dict, x: jax.Array, forward: Program = forward) -> Any:
+            return jax.grad(lambda *a: (forward(*a) ** 2).sum(), argnums=(0, 1))(params, x)
+
+        yield name, network, forward, both
+
+
+def measure(rounds: int) -> Iterator[str]:
+    """Lines of a table: milliseconds on this machine, the ways taking turns."""
+    yield f"{'level':10}{'way':10}{'forward ms':>12}{'with backward ms':>18}{'error':>10}"
+    for side, channels in LEVELS:
+        rng = np.random.default_rng(0)
+        x = jnp.asarray(rng.standard_normal((1, FRAMES, side, side, channels), np.float32))
+        found = list(programs(side, channels))
+        params = jax.tree.map(jnp.asarray, found[0][1].init(0))
+        compiled = {n: (jax.jit(forward), jax.jit(both)) for n, _, forward, both in found}
+        exact = compiled["gather"][0](params, x)
+        taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in compiled}
+        errors = {}
+        for name, (forward, both) in compiled.items():
+            errors[name] = float(
+                jnp.linalg.norm(forward(params, x) - exact) / jnp.linalg.norm(exact)
+            )
+            jax.block_until_ready(both(params, x))
+        for _ in range(rounds):
+            for name, pair in compiled.items():
+                taken[name].append(tuple(seconds(program, params, x) for program in pair))
+        for name, times in taken.items():
+            forward, both = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+            error = errors[name]
+            yield f"{f'{side}x{side}':10}{name:10}{forward:12.1f}{both:18.1f}{error:10.1e}"
+
+
+def seconds(program: Program, *arguments: Any) -> float:
+    """One run's."""
+    began = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - began
+
+
+def costs(topology: str) -> Iterator[str]:
+    """Lines of a table: what one chip of a TPU topology would do, in bfloat16."""
+    from contextualstory_jax.ahead import memory_use, tpu_devices
+    from contextualstory_jax.hlo import memory_traffic
+
+    where = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
+    yield f"{'level':10}{'way':10}{'':16}{'GFLOP':>8}{'MB moved':>10}{'MB held':>10}"
+    for side, channels in LEVELS:
+        x = jax.ShapeDtypeStruct((1, FRAMES, side, side, channels), jnp.bfloat16, sharding=where)
+        for name, network, *pair in programs(side, channels):
+            params = {
+                n: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=where)
+                for n, p in network.shapes.items()
+            }
+            for kind, program in zip(("forward", "with backward"), pair, strict=True):
+                compiled = jax.jit(program).lower(params, x).compile()
+                cost: Any = compiled.cost_analysis()
+                moved = memory_traffic(compiled.as_text() or "") / 1e6
+                held = memory_use(compiled)["temporaries"] / 1e6
+                figures = f"{cost['flops'] / 1e9:8.1f}{moved:10.1f}{held:10.1f}"
+                yield f"{f'{side}x{side}':10}{name:10}{kind:16}{figures}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a table."""
+    parser = ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--topology", help="of a TPU that need not be there; needs the extra [tpu]")
+    arguments = parser.parse_args(argv)
+    lines = costs(arguments.topology) if arguments.topology else measure(arguments.rounds)
+    for line in lines:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
