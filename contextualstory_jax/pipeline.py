@@ -1,8 +1,9 @@
 """The Python API: sentences in, pictures out.
 
-One compiled program draws a batch: text tower, contextualizer, keys and values, first frame, every
-denoising step in one `lax.scan`, and the codec. Scales, eta, StoryFlow values and FrameInit's
-filter are its arguments, so that changing them compiles nothing.
+One compiled program draws a batch: text tower, contextualizer, keys and values, what all steps are
+told of time, first frame, every denoising step in one `lax.scan`, and the codec. Scales, eta,
+StoryFlow values and FrameInit's filter are its arguments, so that changing them compiles nothing;
+batches are rounded up to few sizes.
 """
 
 from __future__ import annotations
