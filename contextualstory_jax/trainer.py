@@ -106,9 +106,9 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
     kept = config.keep_checkpoints, config.keep_every, config.keep_best
     with Checkpoints(workdir, *kept) as checkpoints, StopRequest() as stop:
         state = start_state(abstract, params, config, checkpoints)
-        del params
-        if latents is not None:
+        if latents is not None and params is None:
             require_same_weights(latents.cache, state.frozen)
+        del params
         by_first(lambda: describe(config, state, workdir))
         step = compile_step(model, config, placement, state, tokenizer, latents)
         step = compiled_together(step)
