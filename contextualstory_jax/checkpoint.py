@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import process_allgather
 from orbax.checkpoint import checkpoint_managers as policies
 
 from contextualstory_jax.config import ModelConfig, build, require
@@ -433,6 +435,18 @@ def contents(items: Mapping[str, Any]) -> dict[str, dict]:
         for name, tree in items.items()
         if jax.tree.leaves(tree)
     }
+
+
+def weights_digest(leaves: Mapping[str, Any]) -> str:
+    """The SHA-256 of arrays, as float32, and their names; all processes are to call it."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(leaves.items()):
+        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        array = process_allgather(leaf, tiled=True) if spread else np.asarray(leaf)
+        array = np.asarray(array, np.float32, order="C")
+        digest.update(f"{name} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 def write_weights(

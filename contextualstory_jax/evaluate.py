@@ -136,10 +136,15 @@ def describe(
     measured: bool,
 ) -> dict[str, Any]:
     """What the pictures follow from, how many there are, and which metrics."""
-    from contextualstory_jax.held_out import digest
+    from contextualstory_jax.checkpoint import weights_digest
     from contextualstory_jax.metrics.characters import METRICS
 
     config = pipeline.model.config
+    named = {
+        f"{part}.{name}": leaf
+        for part, leaves in pipeline.params.items()
+        for name, leaf in leaves.items()
+    }
     return {
         "checkpoint": str(arguments.checkpoint or "shipped"),
         "step": pipeline.step,
@@ -152,7 +157,7 @@ def describe(
         "height": config.height,
         "width": config.width,
         "sampling": dataclasses.asdict(config.sampling),
-        "weights_sha256": digest(pipeline.params),
+        "weights_sha256": weights_digest(named),
         "storyflow": pipeline.storyflow.tolist(),
         "metrics": list(METRICS) if measured else [],
     }
