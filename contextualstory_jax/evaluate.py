@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import DataConfig, require
+from contextualstory_jax.config import require
 from contextualstory_jax.processes import add_arguments, connect
+from contextualstory_jax.recipe_config import DataConfig
 from contextualstory_jax.recipes import load_recipe
 
 if TYPE_CHECKING:

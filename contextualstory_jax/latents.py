@@ -38,7 +38,7 @@ from contextualstory_jax.checkpoint import (
     weights_digest,
     write_text,
 )
-from contextualstory_jax.config import ModelConfig, TrainConfig, dotted, require
+from contextualstory_jax.config import ModelConfig, dotted, require
 from contextualstory_jax.data.example import FRAMES
 from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.latents import (
@@ -58,6 +58,7 @@ from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.output import check_writable
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.tokenizer import Tokenizer
 from contextualstory_jax.weights import ADDED
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import TrainConfig
 from contextualstory_jax.processes import add_arguments, connect
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.recipes import load_recipe, train_config
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from contextualstory_jax.checkpoint import (
     write_text,
 )
 from contextualstory_jax.compilation import use_compilation_cache
-from contextualstory_jax.config import TrainConfig, dotted, require
+from contextualstory_jax.config import dotted, require
 from contextualstory_jax.data.latents import EncodedStories
 from contextualstory_jax.data.loader import (
     WaitMeter,
@@ -60,6 +60,7 @@ from contextualstory_jax.processes import (
     say,
 )
 from contextualstory_jax.progress import Profile, Progress
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.scalars import NoWriter, ScalarWriter
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import (

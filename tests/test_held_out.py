@@ -19,7 +19,6 @@ from PIL import Image
 from contextualstory_jax import gallery as gallery_module
 from contextualstory_jax import gallery_pages
 from contextualstory_jax.cli import run
-from contextualstory_jax.config import DataConfig
 from contextualstory_jax.data.loader import open_stories
 from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.errors import UserError
@@ -28,6 +27,7 @@ from contextualstory_jax.gallery import SIDE, TEXT_HEIGHT, Gallery, figure
 from contextualstory_jax.held_out import draw_split, tell
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.pipeline import Drawing, StoryPipeline
+from contextualstory_jax.recipe_config import DataConfig
 from tests.published_folders import write_flintstones, write_pororo, write_story_folder
 
 ROOT = Path(__file__).parents[1]
