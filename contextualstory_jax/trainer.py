@@ -25,14 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from PIL import Image
 
-from contextualstory_jax.checkpoint import (
-    Checkpoints,
-    Damaged,
-    contents,
-    latest_step,
-    write_model,
-    write_text,
-)
+from contextualstory_jax.checkpoint import contents, write_model, write_text
 from contextualstory_jax.compilation import use_compilation_cache
 from contextualstory_jax.config import dotted, require
 from contextualstory_jax.data.latents import EncodedStories
@@ -49,6 +42,7 @@ from contextualstory_jax.initial import initial_params, tokenizer_folder
 from contextualstory_jax.latents import open_latents, require_same_weights
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.orbax_checkpoints import Checkpoints, Damaged, latest_step
 from contextualstory_jax.pipeline import Story, StoryPipeline
 from contextualstory_jax.processes import (
     StopRequest,

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.checkpoint import (
-    Checkpoints,
     contents,
     load_weights,
     read_model,
@@ -28,6 +27,7 @@ from contextualstory_jax.config import MeshConfig
 from contextualstory_jax.data.shapes import TOKENIZER_DIR
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
+from contextualstory_jax.orbax_checkpoints import Checkpoints
 from contextualstory_jax.pipeline import StoryPipeline
 from contextualstory_jax.sharding import Placement, make_mesh
 

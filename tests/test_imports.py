@@ -37,6 +37,7 @@ MIDDLE = {
     "state",
     "tokenizer",
     "checkpoint",
+    "orbax_checkpoints",
     "convert",
     "export",
     "flops",
@@ -70,7 +71,7 @@ MAY_IMPORT = {
 # Libraries that few rooms hide from the others, and those that the package does without.
 ONLY_IN = {
     "flax": {"models"},
-    "orbax": {"checkpoint", "streaming", "processes"},  # the last for its barrier
+    "orbax": {"orbax_checkpoints", "streaming", "processes"},  # the last for its barrier
     "torch": {"tensor_files"},  # to read pickles
 }
 NOWHERE = {"diffusers", "tensorflow"}
