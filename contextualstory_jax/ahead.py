@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from contextualstory_jax.config import TrainConfig, require
+from contextualstory_jax.config import require
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.samplers import make_sampler
 from contextualstory_jax.errors import UserError
@@ -28,6 +28,7 @@ from contextualstory_jax.hlo import collectives, memory_traffic
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.pipeline import Inputs, Scales, drawing_program
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import Batch, Encoded
 from contextualstory_jax.trainer import abstract_state, check_batch, step_program

@@ -16,14 +16,17 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
+    def parse_with_overrides(
+        self, argv: Sequence[str] | None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """The arguments, and of each `--config.key=value` among them `key=value`.
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Arguments without `--config.key=value`, and each such one's `key=value`."""
-    prefix = "--config."
-    return (
-        [argument for argument in argv if not argument.startswith(prefix)],
-        [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)],
-    )
+        Args: `argv`, or None for the command line.
+        """
+        words, prefix = sys.argv[1:] if argv is None else argv, "--config."
+        overrides = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
+        rest = [word for word in words if not word.startswith(prefix)]
+        return self.parse_args(rest), overrides
 
 
 def run(main: Callable[[], None]) -> None:

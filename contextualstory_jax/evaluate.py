@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax.cli import ArgumentParser, run, split_overrides
-from contextualstory_jax.config import DataConfig, require
+from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.config import require
 from contextualstory_jax.processes import add_arguments, connect
+from contextualstory_jax.recipe_config import DataConfig
 from contextualstory_jax.recipes import load_recipe
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SHAPES_STORIES = 64  # of those there is no end
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, DataConfig]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, DataConfig]:
     """The command's arguments, and the data to test on. Raises `UserError` for wrong ones."""
     parser = ArgumentParser(
         prog="python -m contextualstory_jax.evaluate",
@@ -51,8 +51,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, DataConfig]:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="stories (8)")
     add_arguments(parser)
-    argv, overrides = split_overrides(argv)
-    arguments = parser.parse_args(argv)
+    arguments, overrides = parser.parse_with_overrides(argv)
     require(
         arguments.stories is None or arguments.stories >= 1,
         f"--stories must be at least 1; got {arguments.stories}",
@@ -64,7 +63,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, DataConfig]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for bad input."""
-    arguments, data = parse(sys.argv[1:] if argv is None else argv)
+    arguments, data = parse(argv)
     connect(arguments)
 
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.
@@ -138,10 +137,15 @@ def describe(
     measured: bool,
 ) -> dict[str, Any]:
     """What the pictures follow from, how many there are, and which metrics."""
-    from contextualstory_jax.held_out import digest
+    from contextualstory_jax.checkpoint import weights_digest
     from contextualstory_jax.metrics.characters import METRICS
 
     config = pipeline.model.config
+    named = {
+        f"{part}.{name}": leaf
+        for part, leaves in pipeline.params.items()
+        for name, leaf in leaves.items()
+    }
     return {
         "checkpoint": str(arguments.checkpoint or "shipped"),
         "step": pipeline.step,
@@ -154,7 +158,7 @@ def describe(
         "height": config.height,
         "width": config.width,
         "sampling": dataclasses.asdict(config.sampling),
-        "weights_sha256": digest(pipeline.params),
+        "weights_sha256": weights_digest(named),
         "storyflow": pipeline.storyflow.tolist(),
         "metrics": list(METRICS) if measured else [],
     }

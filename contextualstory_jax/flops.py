@@ -22,8 +22,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from contextualstory_jax.config import ModelConfig, SpaceToDepthConfig, TrainConfig, UNetConfig
+from contextualstory_jax.config import ModelConfig, SpaceToDepthConfig, UNetConfig
 from contextualstory_jax.model import StoryModel
+from contextualstory_jax.recipe_config import TrainConfig
 
 
 class Device(NamedTuple):

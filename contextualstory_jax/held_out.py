@@ -7,7 +7,6 @@ threads read the next and write the one before; no more is in memory.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,6 @@ from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.evaluation import outcomes
 from contextualstory_jax.gallery import Gallery, Told
 from contextualstory_jax.metrics.characters import CharacterMetrics
-from contextualstory_jax.model import Parts
 from contextualstory_jax.pipeline import Story, StoryPipeline
 
 Source = ShapesSource | StorySource
@@ -125,14 +123,3 @@ def measure_split(
         for name, word in MEASURED.items():
             metrics[name].update(outcomes(example, gallery.pictures(story, word), given))
     return {name: metric.compute() for name, metric in metrics.items()}
-
-
-def digest(params: Parts) -> str:
-    """The SHA-256 of all parameters and their names."""
-    total = hashlib.sha256()
-    for part, leaves in sorted(params.items()):
-        for name, leaf in sorted(leaves.items()):
-            array = np.asarray(leaf)
-            total.update(f"{part}.{name} {array.dtype} {array.shape}".encode())
-            total.update(array.tobytes())
-    return total.hexdigest()

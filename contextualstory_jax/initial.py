@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from contextualstory_jax.checkpoint import load_weights, read_model, refuse_another
-from contextualstory_jax.config import ModelConfig, TrainConfig
+from contextualstory_jax.config import ModelConfig
 from contextualstory_jax.data.loader import TOKENIZER_DIR
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.processes import say
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.released import SD_UNET
 from contextualstory_jax.sharding import Placement
 from contextualstory_jax.weights import ADDED

@@ -31,8 +31,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
-from contextualstory_jax.checkpoint import load_weights, read_model, refuse_another, write_text
-from contextualstory_jax.config import ModelConfig, TrainConfig, dotted, require
+from contextualstory_jax.checkpoint import (
+    load_weights,
+    read_model,
+    refuse_another,
+    weights_digest,
+    write_text,
+)
+from contextualstory_jax.config import ModelConfig, dotted, require
 from contextualstory_jax.data.example import FRAMES
 from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.latents import (
@@ -52,6 +58,7 @@ from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.output import check_writable
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.tokenizer import Tokenizer
 from contextualstory_jax.weights import ADDED
 
@@ -96,10 +103,10 @@ def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
 
 def require_same_weights(cache: LatentCache, params: Parts) -> None:
     """Raise `UserError` unless a cache was made by these parameters."""
-    theirs, ours = cache.about["weights"], weights_digests(params)
+    theirs = cache.about["weights"]
     for part in ENCODERS:
         require(
-            theirs.get(part) == ours[part],
+            theirs.get(part) == weights_digest(params[part]),
             f"the latent cache {cache.folder} was made by another {part} than this run's; {MEND}",
         )
 
@@ -115,19 +122,6 @@ def settings(config: TrainConfig) -> dict[str, Any]:
     return dotted({**kept, "compute_dtype": values["compute_dtype"]})
 
 
-def weights_digests(params: Parts) -> dict[str, str]:
-    """SHA-256 of the codec's and of the text tower's parameters, as float32."""
-    digests = {}
-    for part in ENCODERS:
-        digest = hashlib.sha256()
-        for name in sorted(params[part]):
-            array = _on_host(params[part][name]).astype(np.float32)
-            digest.update(f"{name} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        digests[part] = digest.hexdigest()
-    return digests
-
-
 def stories_on_disk(config: TrainConfig) -> StorySource:
     """The training split of a recipe. Raises `UserError` for stories that never run out."""
     source = training_source(config.data, config.model.height)
@@ -137,12 +131,6 @@ def stories_on_disk(config: TrainConfig) -> StorySource:
             "all of them ends; name a dataset on disk"
         )
     return source
-
-
-def _on_host(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _files_digest(folder: Path) -> str:
@@ -222,7 +210,10 @@ class Encoder:
         folder, length = checkpoint / "tokenizer", config.model.text_encoder.max_position_embeddings
         params = _encoder_params(config.model, checkpoint)
         self.tokenizer = Tokenizer(folder, length)
-        self.digests = {"weights": weights_digests(params), "tokenizer": _files_digest(folder)}
+        self.digests = {
+            "weights": {part: weights_digest(params[part]) for part in ENCODERS},
+            "tokenizer": _files_digest(folder),
+        }
         self.model = StoryModel(config.model, jnp.dtype(config.compute_dtype))
         self.mesh = Mesh(np.array(jax.local_devices()), ("batch",))
         self.params = jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))

@@ -15,9 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from contextualstory_jax.config import TrainConfig
 from contextualstory_jax.flops import peak_flops, training_step_flops
 from contextualstory_jax.processes import is_first
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.scalars import NoWriter, ScalarWriter
 
 # Of each step; what is logged are the means of all steps since the last log.

@@ -13,8 +13,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from contextualstory_jax.config import TrainConfig, build, require
+from contextualstory_jax.config import build, require
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import TrainConfig
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

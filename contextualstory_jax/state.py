@@ -18,13 +18,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from contextualstory_jax.config import OptimizerConfig, TrainConfig, require
+from contextualstory_jax.config import require
 from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, training_target
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.model import Parts, StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.sharding import Placement
 
 

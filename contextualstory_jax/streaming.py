@@ -18,13 +18,9 @@ import absl.logging
 import numpy as np
 import orbax.checkpoint as ocp
 
-from contextualstory_jax.checkpoint import (
-    Checkpoints,
-    choose_weights,
-    contents,
-    reading,
-)
+from contextualstory_jax.checkpoint import choose_weights, contents
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.orbax_checkpoints import Checkpoints, reading
 from contextualstory_jax.tensor_files import Tensor
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax.cli import ArgumentParser, run, split_overrides
-from contextualstory_jax.config import TrainConfig
+from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.processes import add_arguments, connect
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.recipes import load_recipe, train_config
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def train_and_evaluate(
     return trainer.train_and_evaluate(config, Path(workdir))
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command's arguments, and its overrides `key=value`."""
     parser = ArgumentParser(
         prog="python -m contextualstory_jax.train",
@@ -59,8 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="for checkpoints, logs and samples; made where it is not there",
     )
     add_arguments(parser)
-    argv, overrides = split_overrides(argv)
-    return parser.parse_args(argv), overrides
+    return parser.parse_with_overrides(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises `UserError` for bad input, before anything is written.
     """
-    arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+    arguments, overrides = parse(argv)
     config = load_recipe(arguments.config, overrides)
     connect(arguments)
     from contextualstory_jax import trainer

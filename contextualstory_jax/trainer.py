@@ -25,16 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from PIL import Image
 
-from contextualstory_jax.checkpoint import (
-    Checkpoints,
-    Damaged,
-    contents,
-    latest_step,
-    write_model,
-    write_text,
-)
+from contextualstory_jax.checkpoint import contents, write_model, write_text
 from contextualstory_jax.compilation import use_compilation_cache
-from contextualstory_jax.config import TrainConfig, dotted, require
+from contextualstory_jax.config import dotted, require
 from contextualstory_jax.data.latents import EncodedStories
 from contextualstory_jax.data.loader import (
     WaitMeter,
@@ -49,6 +42,7 @@ from contextualstory_jax.initial import initial_params, tokenizer_folder
 from contextualstory_jax.latents import open_latents, require_same_weights
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.orbax_checkpoints import Checkpoints, Damaged, latest_step
 from contextualstory_jax.pipeline import Story, StoryPipeline
 from contextualstory_jax.processes import (
     StopRequest,
@@ -60,6 +54,7 @@ from contextualstory_jax.processes import (
     say,
 )
 from contextualstory_jax.progress import Profile, Progress
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.scalars import NoWriter, ScalarWriter
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import (
@@ -106,9 +101,9 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
     kept = config.keep_checkpoints, config.keep_every, config.keep_best
     with Checkpoints(workdir, *kept) as checkpoints, StopRequest() as stop:
         state = start_state(abstract, params, config, checkpoints)
-        del params
-        if latents is not None:
+        if latents is not None and params is None:
             require_same_weights(latents.cache, state.frozen)
+        del params
         by_first(lambda: describe(config, state, workdir))
         step = compile_step(model, config, placement, state, tokenizer, latents)
         step = compiled_together(step)

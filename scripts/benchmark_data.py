@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 
 from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import DataConfig
 from contextualstory_jax.data.shapes import story
+from contextualstory_jax.recipe_config import DataConfig
 
 FRAMES, BATCH = 5, 12  # of a story; stories
 RAW = "group_size:1,uncompressed"  # as `prepare` writes

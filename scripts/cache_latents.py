@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.cli import ArgumentParser, run, split_overrides
+from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.processes import add_arguments, connect, say
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command's arguments, and its overrides `key=value`."""
     parser = ArgumentParser(
         usage="%(prog)s --config FILE.py --checkpoint DIR --out DIR [--config.key=value ...]",
@@ -32,13 +31,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add("--out", required=True, type=Path, metavar="DIR", help="a folder that is not there")
     add_arguments(parser)
-    argv, overrides = split_overrides(argv)
-    return parser.parse_args(argv), overrides
+    return parser.parse_with_overrides(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for bad input; nothing is then left behind."""
-    arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+    arguments, overrides = parse(argv)
     # JAX takes seconds to import, and --help need not wait for it.
     from contextualstory_jax.compilation import use_compilation_cache
     from contextualstory_jax.latents import cache_latents

@@ -31,7 +31,7 @@ os.environ.update(
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contextualstory_jax.ahead import drawing, report, tpu_devices, training  # noqa: E402
-from contextualstory_jax.cli import ArgumentParser, run, split_overrides  # noqa: E402
+from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
 from contextualstory_jax.recipes import load_recipe  # noqa: E402
 
 
@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="compile drawing: --config.batch_size stories at once, by default one a chip",
     )
-    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_args(rest)
+    arguments, overrides = parser.parse_with_overrides(argv)
     config = load_recipe(arguments.config, overrides)
     devices = tpu_devices(arguments.topology)
     if arguments.sampler:

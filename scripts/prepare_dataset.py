@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import DataConfig, require
+from contextualstory_jax.config import require
+from contextualstory_jax.recipe_config import DataConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:

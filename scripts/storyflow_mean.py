@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.cli import ArgumentParser, run, split_overrides
+from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.processes import add_arguments, connect, is_first, say
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command's arguments, and its overrides `key=value`."""
     parser = ArgumentParser(
         usage="%(prog)s --config FILE.py --checkpoint DIR [--write] [--config.key=value ...]",
@@ -25,13 +24,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="its folder, or a workdir")
     add("--write", action="store_true", help="store the mean in the newest checkpoint of DIR")
     add_arguments(parser)
-    argv, overrides = split_overrides(argv)
-    return parser.parse_args(argv), overrides
+    return parser.parse_with_overrides(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for bad input."""
-    arguments, overrides = parse(sys.argv[1:] if argv is None else argv)
+    arguments, overrides = parse(argv)
     # JAX takes seconds to import, and --help need not wait for it.
     from contextualstory_jax.checkpoint import write_storyflow
     from contextualstory_jax.compilation import use_compilation_cache

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.checkpoint import (
-    Checkpoints,
     contents,
     load_weights,
     read_model,
+    weights_digest,
     write_model,
     write_storyflow,
     write_weights,
@@ -27,6 +27,7 @@ from contextualstory_jax.config import MeshConfig
 from contextualstory_jax.data.shapes import TOKENIZER_DIR
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
+from contextualstory_jax.orbax_checkpoints import Checkpoints
 from contextualstory_jax.pipeline import StoryPipeline
 from contextualstory_jax.sharding import Placement, make_mesh
 
@@ -67,6 +68,21 @@ def test_weights_come_back_in_the_dtype_they_were_stored_in(tmp_path, dtype):
 
     assert_same(found, stored)
     assert (meta["step"], meta["storyflow"]) == (3, [1.0] * 4)
+
+
+def test_every_weight_counts_in_the_digest_and_their_order_does_not():
+    leaves = {"a": np.zeros(3, np.float32), "b": np.float32([[1, 2], [3, 4]])}
+    renamed = {"a": leaves["a"], "c": leaves["b"]}
+    changed = {"a": np.float32([0, 0, 1e-7]), "b": leaves["b"]}
+    transposed = {"a": leaves["a"], "b": leaves["b"].T}
+
+    digests = [weights_digest(some) for some in (leaves, renamed, changed, transposed)]
+
+    assert len(set(digests)) == 4
+    assert weights_digest(dict(reversed(leaves.items()))) == digests[0]
+    assert (
+        weights_digest(jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), leaves)) == (digests[0])
+    )
 
 
 def test_the_newest_checkpoint_is_given_another_storyflow_mean(tmp_path):

@@ -11,16 +11,15 @@ from contextualstory_jax.config import (
     AutoencoderKLConfig,
     ModelConfig,
     NoiseConfig,
-    OptimizerConfig,
     SamplingConfig,
     SchedulerConfig,
     SpaceToDepthConfig,
     TextEncoderConfig,
-    TrainConfig,
     UNetConfig,
     build,
 )
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
 
 
 def test_nothing_said_gives_the_defaults():

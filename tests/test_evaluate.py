@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax.cli import run
-from contextualstory_jax.config import DataConfig
 from contextualstory_jax.evaluate import main
 from contextualstory_jax.metrics.characters import METRICS, SUBSETS
+from contextualstory_jax.recipe_config import DataConfig
 from tests.conftest import write_untrained
 
 STORIES = 3

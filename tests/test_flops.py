@@ -14,11 +14,9 @@ import pytest
 
 from contextualstory_jax.config import (
     AutoencoderKLConfig,
-    DataConfig,
     ModelConfig,
     SpaceToDepthConfig,
     TextEncoderConfig,
-    TrainConfig,
     UNetConfig,
     UseTemporal,
 )
@@ -34,6 +32,7 @@ from contextualstory_jax.flops import (
     unet_flops,
 )
 from contextualstory_jax.model import StoryModel
+from contextualstory_jax.recipe_config import DataConfig, TrainConfig
 
 PUBLISHED = ModelConfig()
 FRAMES, TOKENS = 3, 6

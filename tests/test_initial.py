@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.checkpoint import load_weights, read_model
-from contextualstory_jax.config import MeshConfig, ModelConfig, SamplingConfig, TrainConfig
+from contextualstory_jax.config import MeshConfig, ModelConfig, SamplingConfig
 from contextualstory_jax.convert import import_released
 from contextualstory_jax.data.shapes import TOKENIZER_DIR
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.initial import initial_params, tokenizer_folder
 from contextualstory_jax.model import StoryModel
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.sharding import Placement, make_mesh
 from contextualstory_jax.trainer import train_and_evaluate
 from tests.released import TINY, stable_diffusion_folder, tiny_folder

@@ -21,15 +21,16 @@ import numpy as np
 import pytest
 
 from contextualstory_jax import latents, recipes, trainer
-from contextualstory_jax.checkpoint import Checkpoints
-from contextualstory_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig, build
+from contextualstory_jax.config import MeshConfig, ModelConfig, build
 from contextualstory_jax.data.latents import EncodedStories, LatentCache, tabulate
 from contextualstory_jax.data.loader import TOKENIZER_DIR
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.latents import cache_latents, open_latents, stories_on_disk
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.storyflow import storyflow
+from contextualstory_jax.orbax_checkpoints import Checkpoints
 from contextualstory_jax.pipeline import StoryPipeline
+from contextualstory_jax.recipe_config import DataConfig, TrainConfig
 from contextualstory_jax.sharding import make_mesh
 from contextualstory_jax.state import encode
 from contextualstory_jax.tokenizer import Tokenizer

@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import pytest
 
-from contextualstory_jax.config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.loader import (
@@ -29,6 +28,7 @@ from contextualstory_jax.data.loader import test_stories as first_stories
 from contextualstory_jax.data.preparation import prepare
 from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import DataConfig
 from tests.published_folders import write_flintstones, write_pororo, write_story_folder
 
 SIZE = 16
@@ -144,7 +144,7 @@ def test_a_process_that_has_all_devices_reads_all_rows():
 WORKERS = """
 import itertools, sys
 import numpy as np
-from contextualstory_jax.config import DataConfig
+from contextualstory_jax.recipe_config import DataConfig
 from contextualstory_jax.data.loader import batches, open_stories
 from tests.test_loader import tokenize
 

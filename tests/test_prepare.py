@@ -17,12 +17,12 @@ import numpy as np
 import psutil
 import pytest
 
-from contextualstory_jax.config import DataConfig
 from contextualstory_jax.data import candidates, preparation
 from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.loader import open_stories
 from contextualstory_jax.data.prepared import PreparedSource
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import DataConfig
 from tests.published_folders import (
     picture,
     save_object,

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contextualstory_jax.checkpoint import Checkpoints
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.orbax_checkpoints import Checkpoints
 from contextualstory_jax.processes import StopRequest, connect, gather, require_agreement
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from contextualstory_jax.config import OptimizerConfig, TrainConfig
 from contextualstory_jax.data.loader import TOKENIZER_DIR, training_source
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.recipes import load_recipe, train_config
 from contextualstory_jax.tokenizer import Tokenizer
 

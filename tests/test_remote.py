@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from contextualstory_jax.config import DataConfig
 from contextualstory_jax.data import remote
 from contextualstory_jax.data.loader import open_stories
 from contextualstory_jax.data.prepared import PreparedSource
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import DataConfig
 from tests.published_folders import write_story_folder
 
 URL = "memory://bucket/prepared"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from contextualstory_jax import generate
-from contextualstory_jax.config import TrainConfig
 from contextualstory_jax.data.loader import test_stories as held_out
 from contextualstory_jax.evaluation import evaluate
 from contextualstory_jax.pipeline import SHIPPED, Story, StoryPipeline
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.recipes import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "configs" / "shapes.py"

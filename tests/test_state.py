@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from contextualstory_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from contextualstory_jax.config import ModelConfig
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.state import (
     Batch,
     Draws,

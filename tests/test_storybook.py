@@ -11,10 +11,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from contextualstory_jax.config import DataConfig
 from contextualstory_jax.data.loader import test_stories as held_out_stories
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.evaluation import Result, measure
+from contextualstory_jax.recipe_config import DataConfig
 from contextualstory_jax.storybook import read_losses, write_storybook
 
 STORIES, SHOWN = 3, 2

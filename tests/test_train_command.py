@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import contextualstory_jax
 from contextualstory_jax import UserError, train
 from contextualstory_jax.cli import run
-from contextualstory_jax.config import TrainConfig
+from contextualstory_jax.recipe_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 SHAPES, TINY = str(ROOT / "configs" / "shapes.py"), str(ROOT / "tests" / "tiny_recipe.py")

@@ -18,10 +18,11 @@ from PIL import Image
 
 from contextualstory_jax import trainer
 from contextualstory_jax.checkpoint import load_weights
-from contextualstory_jax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from contextualstory_jax.config import MeshConfig, ModelConfig
 from contextualstory_jax.data.loader import TOKENIZER_DIR
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
+from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.sharding import Placement, make_mesh
 from contextualstory_jax.state import TrainState, init_state
 from contextualstory_jax.tokenizer import Tokenizer

@@ -13,13 +13,14 @@ import numpy as np
 from absl import flags
 from jaxtyping import Bool, Int32, Integer, UInt8
 
-from contextualstory_jax.config import DataConfig, require
+from contextualstory_jax.config import require
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.prepared import PreparedSource, is_prepared, require_settings
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
 from contextualstory_jax.data.sources import open_source
+from contextualstory_jax.recipe_config import DataConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding

@@ -31,13 +31,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from contextualstory_jax.config import DataConfig, require
+from contextualstory_jax.config import require
 from contextualstory_jax.data.candidates import candidates
 from contextualstory_jax.data.index import SPLITS, StoryRecord, StorySource
 from contextualstory_jax.data.prepared import PICTURES, STORIES, require_tfds
 from contextualstory_jax.data.problems import Finding, problems
 from contextualstory_jax.data.sources import open_source
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import DataConfig
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

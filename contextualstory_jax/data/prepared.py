@@ -18,10 +18,11 @@ from typing import Any, SupportsIndex
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from contextualstory_jax.config import DataConfig, require
+from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FrameLabels
 from contextualstory_jax.data.index import StoryRecord, StorySource, require_stories
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import DataConfig
 
 STORIES, PICTURES = "stories", "pictures"  # folders, and of the latter the split
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from contextualstory_jax.config import DataConfig
 from contextualstory_jax.data.loader import test_stories as held_out
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.vae import decode_latents
 from contextualstory_jax.pipeline import StoryPipeline
+from contextualstory_jax.recipe_config import DataConfig
 from tests.parity.cases import COMPARE, Case, compare, compare_pipeline, relative_error
 
 Arrays = dict[str, jax.Array]

@@ -24,16 +24,15 @@ import convert_weights
 from contextualstory_jax import StoryPipeline, generate, weights
 from contextualstory_jax.config import (
     ModelConfig,
-    OptimizerConfig,
     SamplingConfig,
     SchedulerConfig,
     TextEncoderConfig,
-    TrainConfig,
 )
 from contextualstory_jax.diffusion.samplers import make_sampler
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.model import StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
+from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.state import Draws, TrainState, init_state, loss, optimizer, update
 from contextualstory_jax.stories import read_jsonl
 from tests.parity import recipe
