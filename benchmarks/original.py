@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark_reference.py"
 class Original:
     """`scripts/benchmark_reference.py`, run by the Python that has the original's packages."""
 
-    def __init__(self, folder: Path, python: str, variants: Sequence[str], script: Path = SCRIPT):
+    def __init__(self, folder: Path, python: str, variants: Sequence[str]):
         """Raises `UserError` where the original cannot be run so."""
         require(
             (folder / "contextualstory" / "models").is_dir(),
@@ -31,7 +31,7 @@ class Original:
         self.variants, self._errors = variants, tempfile.TemporaryFile("w+")
         try:
             self._process = subprocess.Popen(
-                [python, str(script), str(folder.resolve())],
+                [python, str(SCRIPT), str(folder.resolve())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
