@@ -31,11 +31,12 @@ from contextualstory_jax.pipeline import Inputs, Scales, drawing_program
 from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import Batch, Encoded
+from contextualstory_jax.tiles import padded_flops
 from contextualstory_jax.trainer import abstract_state, check_batch, step_program
 
 
 def tpu_devices(topology: str) -> list[Any]:
-    """The chips of a TPU slice, which need not be there: `v5e:4x4`, `v4:2x2x2`.
+    """The chips of a TPU slice, which need not be there: `v5e:4x4`, `v4:2x2x2`, `v5e:1x1`.
 
     Raises `UserError` for an unknown name, or without the compiler.
     """
@@ -44,7 +45,9 @@ def tpu_devices(topology: str) -> list[Any]:
         "the TPU compiler, libtpu, is not installed; install the package with the extra [tpu]",
     )
     # Of a v4 chip, users see both cores as one device.
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if re.fullmatch(r"\w+:1(x1)*", topology):  # without it a host has more chips than the slice
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -94,6 +97,7 @@ class Program(NamedTuple):
     dtype: str
     stories: int  # that it takes at once, on all devices
     useful_flops: int  # of all devices
+    padded_flops: int  # of all devices
 
 
 def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
@@ -120,9 +124,9 @@ def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
         width = config.model.text_encoder.hidden_size
         batch = Encoded(moments, _array(mesh, BATCH, (b, f, tokens, width), model.dtype))
         null = np.zeros((tokens, width), model.dtype)
-    lowered = step_program(model, config, placement, state, null).lower(state, batch)
-    flops = training_step_flops(config).total()
-    return Program(lowered, mesh, config.compute_dtype, b, flops)
+    traced = step_program(model, config, placement, state, null).trace(state, batch)
+    flops = training_step_flops(config).total(), padded_flops(traced.jaxpr)
+    return Program(traced.lower(), mesh, config.compute_dtype, b, *flops)
 
 
 def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = None) -> Program:
@@ -165,17 +169,18 @@ def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = N
     motion = _array(mesh, everywhere, (f - 1,), jnp.float32)
     branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
     arguments = params, inputs, null_ids, motion, sampler, scales, None
-    lowered = drawing_program(model, placement).lower(branches, *arguments)
-    flops = b * drawing_flops(about, len(solver.timesteps), branches).total()
-    return Program(lowered, mesh, "bfloat16", b, flops)
+    traced = drawing_program(model, placement).trace(branches, *arguments)
+    useful = b * drawing_flops(about, len(solver.timesteps), branches).total()
+    return Program(traced.lower(), mesh, "bfloat16", b, useful, padded_flops(traced.jaxpr))
 
 
 def report(program: Program) -> dict[str, Any]:
     """Compile, and say what the program takes of each device; `fits`, whether it has that.
 
-    Operations are XLA's count, which passes over zero padding and takes a loop's body once, and
-    the project's (`flops.py`). The prediction is the roofline: all operations, at the device's
-    peak, or all memory traffic, at its bandwidth, whichever takes longer, and no collective.
+    Operations are XLA's count, which passes over zero padding and takes a loop's body once, the
+    project's (`flops.py`), and those of matrix products in full tiles (`tiles.py`). The prediction
+    is the roofline: all operations of the larger of the first two, at the device's peak, or all
+    memory traffic, at its bandwidth, whichever takes longer, and no collective.
     """
     chips, device = program.mesh.size, program.mesh.devices.flat[0]
     useful = program.useful_flops // chips
@@ -185,6 +190,7 @@ def report(program: Program) -> dict[str, Any]:
         "mesh": dict(program.mesh.shape),
         "batch_size": program.stories,
         "useful_flops_per_chip": useful,
+        "padded_flops_per_chip": program.padded_flops // chips,
         "hbm_limit": memory_limit(device),
     }
     began = time.monotonic()

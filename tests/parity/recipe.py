@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from contextualstory_jax import weights
-from contextualstory_jax.models.network import Network
+if TYPE_CHECKING:
+    import jax
+
+    from contextualstory_jax.models.network import Network
 
 
 def randn(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -35,14 +36,20 @@ def torch_weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return n / np.sqrt(np.float32(np.prod(shape[1:])))
 
 
-def params(network: Network, seed: int) -> dict[str, jax.Array]:
-    """All parameters of a network by the recipe, through the converter.
+def params(network: Network, seed: int, prefix: str = "") -> dict[str, jax.Array]:
+    """All parameters of a network by the recipe, through the converter; `prefix` is the part's.
 
     One by one, so that a network of the published size is in memory once.
     """
+    # Only here: the original's side of a benchmark draws its weights without JAX.
+    import jax
+    import jax.numpy as jnp
+
+    from contextualstory_jax import weights
+
     made = {}
     for name, declared in network.shapes.items():
         key = weights.torch_key(name, len(declared.shape))
-        tensor = torch_weight(key, weights.torch_shape(name, declared.shape), seed)
+        tensor = torch_weight(prefix + key, weights.torch_shape(name, declared.shape), seed)
         made |= jax.tree.map(jnp.asarray, weights.convert({key: tensor}, {name: declared}))
     return made

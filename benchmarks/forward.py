@@ -1,0 +1,185 @@
+"""Forward passes that the original has as well: the UNet under guidance, and SETA alone.
+
+One story, with and without its text, as the sampler asks for at every step. What does not depend on
+the step is computed beforehand; the original computes it anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measuring import Compiled, Machine, Row, compile_twice, timed
+from benchmarks.original import Original
+from contextualstory_jax.config import ModelConfig
+from contextualstory_jax.flops import attention, dense, unet_flops
+from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.pipeline import interleave
+from tests.parity import recipe
+from tests.parity.cases import relative_error
+
+BRANCHES = 2  # with the text and without
+ALPHA = 0.3  # of every temporal blend, so that what looks across frames has a say
+TIMESTEP = 500
+# Relative L2 errors against the original, which computes in float32 or float16.
+TOLERANCES = {"float32": 2e-5, "bfloat16": 6e-2}
+
+
+class Place(NamedTuple):
+    """A layer with SETA."""
+
+    path: str  # of its transformer block
+    side: int  # of its feature map
+    channels: int
+
+
+def named_weights(model: StoryModel, parts: Sequence[str]) -> Parts:
+    """Weights that follow from their names, in float32 in the host's memory."""
+    prefixes = {"unet": "", "vae": "vae.", "text_encoder": "text_encoder."}
+    with jax.default_device(jax.devices("cpu")[0]):
+        params: Parts = {p: dict(recipe.params(model.networks[p], 0, prefixes[p])) for p in parts}
+    for name in params["unet"]:
+        if name.endswith(".alpha"):
+            params["unet"][name] = np.full_like(params["unet"][name], ALPHA)
+    return params
+
+
+def seta_places(model: StoryModel) -> list[Place]:
+    """Every layer with SETA, which the mid block has none of."""
+    pattern = r"((down|up)_blocks\.(\d+)\.tempo_attns\..*)\.attn1\.to_q\.kernel"
+    height, _ = model.config.latent_size(model.config.height, model.config.width)
+    levels = len(model.config.unet.block_out_channels)
+    places = []
+    for name, declared in model.unet.shapes.items():
+        if (found := re.fullmatch(pattern, name)) and model.config.unet.augment_temporal_attention:
+            level = int(found[3]) if found[2] == "down" else levels - 1 - int(found[3])
+            places.append(Place(found[1], height >> level, declared.shape[0]))
+    return places
+
+
+def inputs(model: StoryModel) -> dict[str, np.ndarray]:
+    """What the forward passes are given, all of it by name."""
+    config, unet = model.config, model.config.unet
+    f, size = unet.n_frames, config.latent_size(config.height, config.width)
+    words, width = config.text_encoder.max_position_embeddings, unet.cross_attention_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "sample": (1, f - unet.is_continuation, *size, unet.in_channels),
+        "text": (1, f, words, width),
+        "null_text": (1, f, words, width),
+    }
+    if unet.is_continuation:
+        shapes["first_frame"] = (1, 1, *size, unet.in_channels)
+    for place in seta_places(model):
+        shapes[place.path] = (BRANCHES, f, place.side, place.side, place.channels)
+    arrays = {name: recipe.randn(name, shape, 0) for name, shape in shapes.items()}
+    arrays["timestep"] = np.asarray(TIMESTEP, np.float32)
+    arrays["motion"] = 20 + 5 * np.arange(f - 1, dtype=np.float32)[None]
+    return arrays
+
+
+class Forward(NamedTuple):
+    """A forward pass of ours, and what the original calls it."""
+
+    what: str
+    request: str
+    compiled: Compiled
+    arguments: tuple[Any, ...]
+    flops: int
+
+    def run(self) -> list[jax.Array]:
+        return self.compiled.program(*self.arguments)
+
+
+def unet_forward(model: StoryModel, params: Parts, arrays: dict[str, np.ndarray]) -> Forward:
+    """A guided prediction of one story's noise."""
+
+    def prepare(params: Parts, text: jax.Array, null_text: jax.Array, motion: jax.Array):
+        storyline = model.contextualize(params, text)
+        return model.condition(params, interleave([null_text, storyline]), motion)
+
+    def predict(params: Parts, sample: jax.Array, condition: Any, first_frame: jax.Array | None):
+        timesteps = jnp.full(BRANCHES, TIMESTEP)
+        together = interleave([sample] * BRANCHES)
+        first = None if first_frame is None else interleave([first_frame[:, 0]] * BRANCHES)
+        return [model.predict(params, together, timesteps, condition, first)]
+
+    texts = (jnp.asarray(arrays[name], model.dtype) for name in ("text", "null_text"))
+    condition = jax.jit(prepare)(params, *texts, arrays["motion"])
+    arguments = (params, arrays["sample"], condition, arrays.get("first_frame"))
+    compiled = compile_twice(lambda: jax.jit(predict).lower(*arguments))
+    flops = BRANCHES * unet_flops(model.config).total()
+    return Forward("UNet, one guided step of a story", "unet", compiled, arguments, flops)
+
+
+def seta_forward(
+    model: StoryModel,
+    params: Parts,
+    arrays: dict[str, np.ndarray],
+    what: str,
+    places: Sequence[Place],
+) -> Forward:
+    """SETA with its projections and residual, in one layer or in several, one after the other."""
+
+    def attend(params: Parts, maps: dict[str, jax.Array]) -> list[jax.Array]:
+        unet = model.unet.bind(params["unet"], model.dtype)
+        return [x + find(unet, path).attn1(x) for path, x in maps.items()]
+
+    maps = {place.path: jnp.asarray(arrays[place.path], model.dtype) for place in places}
+    compiled = compile_twice(lambda: jax.jit(attend).lower(params, maps))
+    frames = model.config.unet.n_frames
+    flops = sum(seta_flops(frames, place) for place in places)
+    request = " ".join(["seta", *(place.path for place in places)])
+    return Forward(what, request, compiled, (params, maps), BRANCHES * flops)
+
+
+def find(module: Any, path: str) -> Any:
+    """A module inside another."""
+    return functools.reduce(
+        lambda m, word: m[int(word)] if word.isdigit() else getattr(m, word),
+        path.split("."),
+        module,
+    )
+
+
+def seta_flops(frames: int, place: Place) -> int:
+    """Of one branch: projections, and the keys that a query sees."""
+    tokens = frames * place.side**2
+    projections = 4 * dense(tokens, place.channels, place.channels)
+    return projections + attention(tokens, 9 * frames - 8, place.channels)
+
+
+def load_original(
+    original: Original, model: ModelConfig, arrays: dict[str, np.ndarray], dtype: str
+) -> None:
+    """Give the original the same weights and inputs."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "inputs.npz")
+        np.savez(file, **arrays)
+        original.ask(
+            "load", config=dataclasses.asdict(model), inputs=file, dtype=dtype, alpha=ALPHA
+        )
+
+
+def errors(forward: Forward, original: Original) -> Iterator[tuple[str, float]]:
+    """How far each variant of the original is from ours."""
+    ours = [np.asarray(array, np.float32) for array in forward.run()]
+    for variant in original.variants:
+        theirs = original.outputs(forward.request, variant)
+        pairs = zip(ours, theirs, strict=True)
+        yield f"{forward.what}, {variant}", max(relative_error(a, b) for a, b in pairs)
+
+
+def rows(machine: Machine, forward: Forward, original: Original | None) -> Iterator[Row]:
+    """The lines of a forward pass."""
+    yield from forward.compiled.rows(forward.what)
+    contenders = {"": timed(forward.run), **(original.tasks(forward.request) if original else {})}
+    yield from machine.times(forward.what, contenders, forward.flops)

@@ -1,0 +1,97 @@
+"""What is measured on a device that is there, in order."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from benchmarks import drawing, forward, training
+from benchmarks.measuring import Machine, Row
+from benchmarks.original import Original
+from contextualstory_jax.config import TrainConfig
+from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.recipes import load_recipe
+
+EMBEDDED = Path(__file__).parents[1] / "configs" / "shapes.py"
+BATCH_SIZES = (1, 2, 4, 8, 16)  # of drawing
+TRAINING_BATCH = 6  # stories, as published for one device
+FEW_ROUNDS = 3  # where one takes seconds
+
+
+class Different(Exception):
+    """What the original computes is not what we do."""
+
+
+def lines(
+    machine: Machine, config: TrainConfig, parts: Sequence[str], original: Original | None
+) -> Iterator[Row]:
+    """The lines of a suite's `parts`. Raises `Different` before the first."""
+    model = StoryModel(config.model, jnp.dtype(machine.dtype))
+    whole = machine.dtype == "bfloat16"  # on a CPU the UNet alone is drawn, to take less memory
+    params = forward.named_weights(model, list(model.networks) if whole else ["unet"])
+    yield from forward_lines(machine, model, params, parts, original)
+    if original:
+        yield original.peak_memory()
+    if "drawing" in parts or "requests" in parts:
+        pipeline = drawing.make_pipeline(model, params)
+        if "drawing" in parts:
+            for batch_size in BATCH_SIZES:
+                rounds = machine.rounds if batch_size == 1 else FEW_ROUNDS
+                yield from drawing.rows(machine._replace(rounds=rounds), pipeline, batch_size)
+        if "requests" in parts:
+            yield from drawing.mixed_requests(pipeline)
+        del pipeline
+    if "training" in parts:
+        yield from training_lines(machine, config, params if whole else None)
+    yield machine.peak_memory()
+    if "start" in parts:
+        yield from drawing.cold_start(model, params)
+
+
+def forward_lines(
+    machine: Machine,
+    model: StoryModel,
+    params: Parts,
+    parts: Sequence[str],
+    original: Original | None,
+) -> Iterator[Row]:
+    """Of single passes, whose outputs are compared first."""
+    placed: Parts = {"unet": {n: jnp.asarray(p, model.dtype) for n, p in params["unet"].items()}}
+    arrays, places = forward.inputs(model), forward.seta_places(model)
+    if original:
+        forward.load_original(original, model.config, arrays, machine.dtype)
+    chosen = [forward.unet_forward(model, placed, arrays)] if "unet" in parts else []
+    if "seta" in parts:
+        by_side = {place.side: place for place in places}
+        for what, some in [
+            (f"SETA, all {len(places)} layers", places),
+            *((f"SETA, a layer of {side} x {side}", [by_side[side]]) for side in by_side),
+        ]:
+            chosen.append(forward.seta_forward(model, placed, arrays, what, some))
+    if original:
+        tolerance = forward.TOLERANCES[machine.dtype]
+        found = dict(itertools.chain(*(forward.errors(f, original) for f in chosen)))
+        for what, error in found.items():
+            if not error <= tolerance:
+                raise Different(f"{what}: relative error {error:.1e} is above {tolerance:.0e}")
+        for what, error in found.items():
+            yield Row(f"{what}: relative error", [error], unit="")
+    for one in chosen:
+        yield from forward.rows(machine, one, original)
+
+
+def training_lines(machine: Machine, config: TrainConfig, params: Parts | None) -> Iterator[Row]:
+    """Of the recipe's step; without `params`, of the embedded recipe's."""
+    if params is None:
+        small = load_recipe(EMBEDDED)
+        begin = StoryModel(small.model).init(0)
+        what = f"training on embedded stories, batch {small.batch_size}"
+        yield from training.rows(machine, what, small, begin)
+        return
+    for cached, data in ((True, "a latent cache"), (False, "pictures")):
+        what = f"training from {data}, batch {TRAINING_BATCH}"
+        step = training.for_one_device(config, TRAINING_BATCH, cached=cached)
+        yield from training.rows(machine, what, step, params)

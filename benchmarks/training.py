@@ -1,0 +1,78 @@
+"""The training step of a recipe, on made-up data that is on the device already."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measuring import Machine, Row, compile_twice, timed
+from contextualstory_jax.config import MeshConfig, TrainConfig
+from contextualstory_jax.flops import training_step_flops
+from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.sharding import Placement, make_mesh
+from contextualstory_jax.state import Batch, Encoded, init_state
+from contextualstory_jax.trainer import abstract_state, step_program
+
+# Of a float32 parameter, its moments and its average, all read and written, and its gradient, read.
+OPTIMIZER_BYTES = 36
+
+
+def for_one_device(config: TrainConfig, batch_size: int, *, cached: bool) -> TrainConfig:
+    """A recipe with a batch that is computed at once, from a latent cache or from pictures."""
+    return dataclasses.replace(
+        config,
+        batch_size=batch_size,
+        accumulation_steps=1,
+        mesh=MeshConfig(),
+        data=dataclasses.replace(config.data, latents="made up" if cached else None),
+    )
+
+
+def made_up_batch(model: StoryModel, config: TrainConfig) -> tuple[Batch | Encoded, np.ndarray]:
+    """Stories, and the empty sentence, encoded where the recipe has a latent cache."""
+    about, rng = config.model, np.random.default_rng(0)
+    b, f, words = config.batch_size, about.unet.n_frames, about.text_encoder.max_position_embeddings
+    if config.data.latents is None:
+        images = rng.integers(0, 256, (b, f, about.height, about.width, 3), np.uint8)
+        ids = rng.integers(0, about.text_encoder.vocab_size, (b, f, words), np.int32)
+        return Batch(jnp.asarray(images), jnp.asarray(ids)), np.zeros(words, np.int32)
+    size = about.latent_size(about.height, about.width)
+    mean, logvar, text = (
+        jnp.asarray(rng.standard_normal(shape, np.float32), model.dtype)
+        for shape in (
+            *((b, f, *size, about.vae.latent_channels),) * 2,
+            (b, f, words, about.text_encoder.hidden_size),
+        )
+    )
+    null = np.zeros((words, about.text_encoder.hidden_size), model.dtype)
+    return Encoded(Moments(mean, logvar), text), null
+
+
+def rows(machine: Machine, what: str, config: TrainConfig, params: Parts) -> Iterator[Row]:
+    """The lines of a recipe's step; `params` are those before the first one."""
+    mesh = make_mesh(config.mesh, [machine.device])
+    placement = Placement(mesh, config.mesh.rules)
+    model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat)
+    abstract = abstract_state(model, config, placement)
+    begin = functools.partial(init_state, config=config)
+    state = jax.jit(begin, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(params)
+    batch, null = made_up_batch(model, config)
+    program = step_program(model, config, placement, abstract, null)
+    compiled = compile_twice(lambda: program.lower(abstract, batch))
+    yield from compiled.rows(what)
+
+    def step() -> dict[str, jax.Array]:
+        nonlocal state
+        state, metrics = compiled.program(state, batch)
+        return metrics
+
+    trained = sum(math.prod(p.shape) for p in jax.tree.leaves(abstract.params))
+    flops = training_step_flops(config).total()
+    yield from machine.times(what, {"": timed(step)}, flops, OPTIMIZER_BYTES * trained)

@@ -1,0 +1,198 @@
+"""The benchmark: its table and file, bad input in one line, the talk with the original."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import forward, tpu
+from benchmarks.drawing import CompilationCount
+from benchmarks.measuring import COLUMNS, Machine, Row
+from benchmarks.original import Original
+from contextualstory_jax.errors import UserError
+from contextualstory_jax.flops import unet_flops
+from contextualstory_jax.model import StoryModel
+from contextualstory_jax.recipes import load_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "tests" / "tiny_recipe.py"
+# In the original's place: its prediction is its input, and one variant fails.
+STAND_IN = """
+import json, sys
+import numpy as np
+print(json.dumps({"torch": "none"}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["do"] == "load":
+        loaded = dict(np.load(request["inputs"]))
+        answer = {"device": "none"}
+    elif request["do"] == "outputs":
+        np.savez(request["file"], *[loaded["sample"]])
+        answer = {}
+    elif request["do"] == "time":
+        answer = {"seconds": 2.0} if request["variant"] == "eager" else {"error": "out of memory"}
+    else:
+        answer = {"bytes": 10**9}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command on the tiny recipe."""
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--config", str(RECIPE)]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> str:
+    """A Python that runs the stand-in, whatever it is told to."""
+    script, python = tmp_path / "stand_in.py", tmp_path / "python"
+    script.write_text(STAND_IN)
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {script}\n")
+    python.chmod(0o755)
+    return str(python)
+
+
+def clone(folder: Path) -> Path:
+    """A folder that looks like a clone of the original, with nothing in it."""
+    (folder / "contextualstory" / "models").mkdir(parents=True)
+    return folder
+
+
+def test_the_table_and_the_file_hold_the_same_lines(tmp_path):
+    file = tmp_path / "out.json"
+
+    done = benchmark("--suite=cpu", "--only", "unet", "--rounds=2", "--json", str(file))
+
+    assert done.returncode == 0, done.stderr
+    about, _, head, _, *lines = done.stdout.splitlines()
+    assert "matmul " in about and f"jax {jax.__version__}" in about
+    assert [cell.strip() for cell in head.strip("|").split("|")] == list(COLUMNS)
+    found = json.loads(file.read_text())
+    assert (found["suite"], found["command"][1:3]) == ("cpu", ["--config", str(RECIPE)])
+    assert [row["what"] for row in found["rows"]] == [line.split(" | ")[0][2:] for line in lines]
+    (row,) = (row for row in found["rows"] if row["mfu"])
+    assert row["what"] == "UNet, one guided step of a story"
+    assert len(row["seen"]) >= 2 and min(row["seen"]) <= row["median"] <= max(row["seen"])
+    assert 0 < row["floor"] < row["median"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite=cpu", "--only", "start"], "suite cpu has no start, only unet, seta, training"),
+        (["--suite=cpu", "--rounds=0"], "--rounds must be at least 1"),
+        (["--suite=cpu", "--reference=."], "--reference and --reference-python go together"),
+        (["--suite=cpu", "--json=none/out.json"], "--json: no folder "),
+        (["--suite=cpu", "--config=none.py"], "no recipe none.py"),
+        (
+            ["--suite=cpu", "--reference=none", "--reference-python=python"],
+            "no original in none: name a clone of sixiaozheng/ContextualStory",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message):
+    done = benchmark(*arguments)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_a_python_without_the_packages_is_told_in_a_line(tmp_path):
+    folder = clone(tmp_path)
+
+    with pytest.raises(
+        UserError, match=r"the original cannot be run: \w+Error: .*torch|contextual"
+    ):
+        Original(folder, sys.executable, ["eager"])
+    with pytest.raises(UserError, match="cannot run no-such-python: No such file"):
+        Original(folder, "no-such-python", ["eager"])
+    with pytest.raises(UserError, match="the original cannot be run: no answer"):
+        Original(folder, "true", ["eager"])
+
+
+def test_the_original_takes_turns(stand_in, tmp_path):
+    original = Original(clone(tmp_path), stand_in, ["eager", "compile"])
+    model = StoryModel(load_recipe(RECIPE).model)
+    arrays = forward.inputs(model)
+    machine = Machine(jax.devices()[0], "float32", rate=1e12, rounds=2, warm_ups=1)
+
+    forward.load_original(original, model.config, arrays, "float32")
+    (theirs,) = original.outputs("unet", "eager")
+    tasks = original.tasks("unet")
+    eager = {"": lambda: 1.0, "original, eager": tasks["original, eager"]}
+    rows = list(machine.times("UNet", eager, flops=5e11))
+
+    np.testing.assert_array_equal(theirs, arrays["sample"])
+    assert rows == [
+        Row("UNet", [1.0, 1.0], floor=0.5, mfu=0.5),
+        Row("UNet: original, eager", [2.0, 2.0], floor=0.5, mfu=0.25, times_ours=2.0),
+    ]
+    assert original.peak_memory().seen == [1.0]
+    with pytest.raises(UserError, match="the original fails: out of memory"):
+        tasks["original, compile"]()
+    original.close()
+
+
+def test_outputs_that_differ_end_with_status_1_and_no_number(stand_in, tmp_path):
+    reference = ["--reference", str(clone(tmp_path)), "--reference-python", stand_in]
+
+    done = benchmark("--suite=cpu", "--only", "unet", *reference)
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "parity: UNet, one guided step of a story, eager: relative error 1" in done.stderr
+
+
+def test_layers_with_seta_are_counted_as_the_project_counts():
+    config = load_recipe(ROOT / "configs" / "pororo_visualization.py").model
+    model = StoryModel(config)
+
+    places = forward.seta_places(model)
+
+    assert [place.side for place in places].count(32) == 5 and len(places) == 15
+    total = sum(forward.seta_flops(config.unet.n_frames, place) for place in places)
+    assert total == unet_flops(config)["SETA"]
+
+
+def test_weights_are_live_across_frames():
+    model = StoryModel(load_recipe(RECIPE).model)
+
+    params = forward.named_weights(model, ["unet"])
+
+    alphas = [p for name, p in params["unet"].items() if name.endswith(".alpha")]
+    assert len(alphas) > 2 and all(np.all(p == np.float32(0.3)) for p in alphas)
+    assert params["unet"].keys() == model.unet.shapes.keys()
+
+
+def test_a_compilation_is_counted():
+    counter = CompilationCount()
+
+    jax.jit(lambda x: x * 1.5)(np.ones(3)).block_until_ready()
+
+    assert counter.count >= 1
+
+
+def test_a_program_that_does_not_fit_a_chip_has_a_line_too():
+    found = {
+        "program": "training",
+        "topology": "v5e:1x1",
+        "hbm_bytes_per_chip": {"total": 20 * 2**30},
+        "hbm_limit": 16 * 2**30,
+        "useful_flops_per_chip": 10**12,
+        "compile_seconds": 61.4,
+        "fits": False,
+    }
+
+    cells = tpu.cells(found)
+
+    assert len(cells) == len(tpu.COLUMNS)
+    assert cells[:4] == ["training", "v5e:1x1", "20.0 GiB", "16.0 GiB"] and cells[-1] == "61 s"
