@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measuring import Machine, Row, timed
+from benchmarks.original import Original
 from contextualstory_jax.checkpoint import write_weights
 from contextualstory_jax.config import ModelConfig
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, story
@@ -45,7 +46,9 @@ def stories(config: ModelConfig, count: int) -> list[Story]:
     return [Story(story(0, i, "test").sentences, f"story_{i}", first) for i in range(count)]
 
 
-def rows(machine: Machine, pipeline: StoryPipeline, batch_size: int) -> Iterator[Row]:
+def rows(
+    machine: Machine, pipeline: StoryPipeline, batch_size: int, original: Original | None
+) -> Iterator[Row]:
     """Drawing so many stories at once: compilation, time, rate and memory."""
     config, sampling = pipeline.model.config, pipeline.model.config.sampling
     chosen, what = stories(config, batch_size), f"drawing, batch {batch_size}"
@@ -56,19 +59,19 @@ def rows(machine: Machine, pipeline: StoryPipeline, batch_size: int) -> Iterator
         return time.perf_counter() - began
 
     jax.clear_caches()
-    first = draw()
+    first, again = draw(), 0.0
     if batch_size == 1:
         jax.clear_caches()
-    again = draw()
+        again = draw()
     branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
     steps = len(make_sampler(config.scheduler, sampling).timesteps)
     flops = batch_size * drawing_flops(config, steps, branches).total()
-    machine = machine._replace(warm_ups=0)  # those were two
-    (times,) = machine.times(f"{what}, {steps} steps", {"": draw}, flops)
+    contenders = {"": draw, **(original.tasks(f"drawing {batch_size}") if original else {})}
+    times, *theirs = machine.times(f"{what}, {steps} steps", contenders, flops)
     yield Row(f"{what}: compile", [first - times.median])
     if batch_size == 1:
         yield Row(f"{what}: compile, from the cache", [again - times.median])
-    yield times
+    yield from (times, *theirs)
     assert times.floor is not None
     rates = [batch_size / seconds for seconds in times.seen]
     yield Row(f"{what}: rate", rates, "stories/s", batch_size / times.floor, times.mfu)

@@ -33,20 +33,22 @@ def lines(
     whole = machine.dtype == "bfloat16"  # on a CPU the UNet alone is drawn, to take less memory
     params = forward.named_weights(model, list(model.networks) if whole else ["unet"])
     yield from forward_lines(machine, model, params, parts, original)
-    if original:
-        yield original.peak_memory()
     if "drawing" in parts or "requests" in parts:
         pipeline = drawing.make_pipeline(model, params)
         if "drawing" in parts:
             for batch_size in BATCH_SIZES:
-                rounds = machine.rounds if batch_size == 1 else FEW_ROUNDS
-                yield from drawing.rows(machine._replace(rounds=rounds), pipeline, batch_size)
+                few = {} if batch_size == 1 else {"rounds": FEW_ROUNDS, "warm_ups": 1}
+                # The original as one story at a time, and many, are enough.
+                other = original if batch_size in (BATCH_SIZES[0], BATCH_SIZES[-1]) else None
+                yield from drawing.rows(machine._replace(**few), pipeline, batch_size, other)
         if "requests" in parts:
             yield from drawing.mixed_requests(pipeline)
         del pipeline
     if "training" in parts:
-        yield from training_lines(machine, config, params if whole else None)
+        yield from training_lines(machine, config, params if whole else None, original)
     yield machine.peak_memory()
+    if original:
+        yield original.peak_memory()
     if "start" in parts:
         yield from drawing.cold_start(model, params)
 
@@ -83,7 +85,9 @@ def forward_lines(
         yield from forward.rows(machine, one, original)
 
 
-def training_lines(machine: Machine, config: TrainConfig, params: Parts | None) -> Iterator[Row]:
+def training_lines(
+    machine: Machine, config: TrainConfig, params: Parts | None, original: Original | None
+) -> Iterator[Row]:
     """Of the recipe's step; without `params`, of the embedded recipe's."""
     if params is None:
         small = load_recipe(EMBEDDED)
@@ -94,4 +98,7 @@ def training_lines(machine: Machine, config: TrainConfig, params: Parts | None) 
     for cached, data in ((True, "a latent cache"), (False, "pictures")):
         what = f"training from {data}, batch {TRAINING_BATCH}"
         step = training.for_one_device(config, TRAINING_BATCH, cached=cached)
-        yield from training.rows(machine, what, step, params)
+        # The original has no cache, and is trained as it is.
+        tasks = original.tasks(f"training {TRAINING_BATCH}") if original else {}
+        as_it_is = {name: task for name, task in tasks.items() if name.endswith("eager")}
+        yield from training.rows(machine, what, step, params, as_it_is)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measuring import Machine, Row, compile_twice, timed
+from benchmarks.measuring import Machine, Row, Task, compile_twice, timed
 from contextualstory_jax.config import MeshConfig, TrainConfig
 from contextualstory_jax.flops import training_step_flops
 from contextualstory_jax.model import Parts, StoryModel
@@ -55,7 +55,13 @@ def made_up_batch(model: StoryModel, config: TrainConfig) -> tuple[Batch | Encod
     return Encoded(Moments(mean, logvar), text), null
 
 
-def rows(machine: Machine, what: str, config: TrainConfig, params: Parts) -> Iterator[Row]:
+def rows(
+    machine: Machine,
+    what: str,
+    config: TrainConfig,
+    params: Parts,
+    original: Mapping[str, Task] | None = None,
+) -> Iterator[Row]:
     """The lines of a recipe's step; `params` are those before the first one."""
     mesh = make_mesh(config.mesh, [machine.device])
     placement = Placement(mesh, config.mesh.rules)
@@ -75,4 +81,6 @@ def rows(machine: Machine, what: str, config: TrainConfig, params: Parts) -> Ite
 
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(abstract.params))
     flops = training_step_flops(config).total()
-    yield from machine.times(what, {"": timed(step)}, flops, OPTIMIZER_BYTES * trained)
+    yield from machine.times(
+        what, {"": timed(step), **(original or {})}, flops, OPTIMIZER_BYTES * trained
+    )

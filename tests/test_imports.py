@@ -26,6 +26,7 @@ LIBRARY = {
     "processes",
     "sharding",
     "hlo",
+    "tiles",
 }
 MIDDLE = {
     "pipeline",
