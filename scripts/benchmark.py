@@ -27,8 +27,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # what measures is not in an installation
 
-from contextualstory_jax.cli import ArgumentParser, run, split_overrides  # noqa: E402
-from contextualstory_jax.config import TrainConfig, require  # noqa: E402
+from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
+from contextualstory_jax.config import require  # noqa: E402
+from contextualstory_jax.recipe_config import TrainConfig  # noqa: E402
 from contextualstory_jax.recipes import load_recipe  # noqa: E402
 
 PARTS = {
@@ -100,8 +101,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--chip", nargs="+", metavar="NAME", help="of tpu-aot; v4:1x1x1 v5e:1x1 v5p:1x1x1 v6e:1x1"
     )
-    rest, overrides = split_overrides(argv)
-    arguments = parser.parse_args(rest)
+    arguments, overrides = parser.parse_with_overrides(argv)
     if arguments.suite is None:
         import jax
 
@@ -126,7 +126,7 @@ def compile_for_chips(
     report: Report, arguments: argparse.Namespace, overrides: Sequence[str]
 ) -> None:
     """The suite tpu-aot."""
-    from benchmarks import tpu
+    from scripts.benchmarks import tpu
 
     programs = [(chip, p) for chip in arguments.chip or tpu.CHIPS for p in arguments.only]
     for i, (chip, program) in enumerate(programs):
@@ -140,9 +140,9 @@ def measure_device(report: Report, arguments: argparse.Namespace, config: TrainC
     """The suites of a device that is there. Exits with 1 where the original's outputs differ."""
     import jax
 
-    from benchmarks.measuring import COLUMNS, Machine
-    from benchmarks.original import Original
-    from benchmarks.suites import Different, lines
+    from scripts.benchmarks.measuring import COLUMNS, Machine
+    from scripts.benchmarks.original import Original
+    from scripts.benchmarks.suites import Different, lines
 
     on_cpu = arguments.suite == "cpu"
     rounds, warm_ups = (3, 1) if on_cpu else (10, 3)

@@ -23,7 +23,7 @@ answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
 
 import torch  # noqa: E402
 
-from benchmarks.reference import Original  # noqa: E402
+from scripts.benchmarks.reference import Original  # noqa: E402
 
 
 def main() -> None:

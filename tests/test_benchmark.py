@@ -11,14 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import forward, tpu
-from benchmarks.drawing import CompilationCount
-from benchmarks.measuring import COLUMNS, Machine, Row
-from benchmarks.original import Original
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.flops import unet_flops
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.recipes import load_recipe
+from scripts.benchmarks import forward, tpu
+from scripts.benchmarks.drawing import CompilationCount
+from scripts.benchmarks.measuring import COLUMNS, Machine, Row
+from scripts.benchmarks.original import Original
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "tests" / "tiny_recipe.py"

@@ -17,7 +17,7 @@ from typing import Any
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.flops import DEVICES
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "compile_for_tpu.py"
+SCRIPT = Path(__file__).parents[1] / "compile_for_tpu.py"
 CHIPS = ("v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1")
 # Drawing in one step, because XLA counts a loop's body once; training on one story at a time.
 PROGRAMS = {

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measuring import Compiled, Machine, Row, compile_twice, timed
-from benchmarks.original import Original
 from contextualstory_jax.config import ModelConfig
 from contextualstory_jax.flops import attention, dense, unet_flops
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.pipeline import interleave
+from scripts.benchmarks.measuring import Compiled, Machine, Row, compile_twice, timed
+from scripts.benchmarks.original import Original
 from tests.parity import recipe
 from tests.parity.cases import relative_error
 
@@ -103,18 +103,17 @@ def unet_forward(model: StoryModel, params: Parts, arrays: dict[str, np.ndarray]
     """A guided prediction of one story's noise."""
 
     def prepare(params: Parts, text: jax.Array, null_text: jax.Array, motion: jax.Array):
-        storyline = model.contextualize(params, text)
-        return model.condition(params, interleave([null_text, storyline]), motion)
+        storyline = interleave([null_text, model.contextualize(params, text)])
+        shifts = model.time_shifts(params, jnp.full(1, TIMESTEP), motion)
+        return shifts, model.text_keys_values(params, storyline)
 
-    def predict(params: Parts, sample: jax.Array, condition: Any, first_frame: jax.Array | None):
-        timesteps = jnp.full(BRANCHES, TIMESTEP)
-        together = interleave([sample] * BRANCHES)
-        first = None if first_frame is None else interleave([first_frame[:, 0]] * BRANCHES)
-        return [model.predict(params, together, timesteps, condition, first)]
+    def predict(params: Parts, sample: jax.Array, told: Any, first_frame: jax.Array | None):
+        first = None if first_frame is None else first_frame[:, 0]
+        return [model.predict(params, sample, *told, first)]
 
     texts = (jnp.asarray(arrays[name], model.dtype) for name in ("text", "null_text"))
-    condition = jax.jit(prepare)(params, *texts, arrays["motion"])
-    arguments = (params, arrays["sample"], condition, arrays.get("first_frame"))
+    told = jax.jit(prepare)(params, *texts, arrays["motion"])
+    arguments = (params, arrays["sample"], told, arrays.get("first_frame"))
     compiled = compile_twice(lambda: jax.jit(predict).lower(*arguments))
     flops = BRANCHES * unet_flops(model.config).total()
     return Forward("UNet, one guided step of a story", "unet", compiled, arguments, flops)

@@ -17,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from benchmarks.measuring import Machine, Row, timed
-from benchmarks.original import Original
 from contextualstory_jax.checkpoint import write_weights
 from contextualstory_jax.config import ModelConfig
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, story
@@ -28,6 +26,8 @@ from contextualstory_jax.flops import drawing_flops
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.pipeline import Story, StoryPipeline
 from contextualstory_jax.tokenizer import Tokenizer
+from scripts.benchmarks.measuring import Machine, Row, timed
+from scripts.benchmarks.original import Original
 
 STORYFLOW = (20.0, 25.0, 30.0, 35.0)
 REQUESTS = 100
@@ -134,7 +134,7 @@ def cold_start(model: StoryModel, params: Parts) -> Iterator[Row]:
             subprocess.run(
                 command,
                 check=True,
-                cwd=Path(__file__).parents[1],
+                cwd=Path(__file__).parents[2],
                 env={**os.environ, **cache},
                 stdout=subprocess.DEVNULL,
             )

@@ -114,7 +114,7 @@ class Original:
     @functools.cached_property
     def whole(self) -> Any:
         """With VAE, text tower and schedule: its pipeline, which needs more packages."""
-        from benchmarks.reference_whole import Whole, frozen
+        from scripts.benchmarks.reference_whole import Whole, frozen
 
         networks = frozen(self.config)
         parts = {part: self.filled(network, f"{part}.") for part, network in networks.items()}

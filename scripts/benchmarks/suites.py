@@ -8,14 +8,14 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from benchmarks import drawing, forward, training
-from benchmarks.measuring import Machine, Row
-from benchmarks.original import Original
-from contextualstory_jax.config import TrainConfig
 from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.recipes import load_recipe
+from scripts.benchmarks import drawing, forward, training
+from scripts.benchmarks.measuring import Machine, Row
+from scripts.benchmarks.original import Original
 
-EMBEDDED = Path(__file__).parents[1] / "configs" / "shapes.py"
+EMBEDDED = Path(__file__).parents[2] / "configs" / "shapes.py"
 BATCH_SIZES = (1, 2, 4, 8, 16)  # of drawing
 TRAINING_BATCH = 6  # stories, as published for one device
 FEW_ROUNDS = 3  # where one takes seconds

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measuring import Row, Task
 from contextualstory_jax.config import require
 from contextualstory_jax.errors import UserError
+from scripts.benchmarks.measuring import Row, Task
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark_reference.py"
+SCRIPT = Path(__file__).parents[1] / "benchmark_reference.py"
 
 
 class Original:
