@@ -144,14 +144,21 @@ def test_the_original_takes_turns(stand_in, tmp_path):
     original.close()
 
 
-def test_outputs_that_differ_end_with_status_1_and_no_number(stand_in, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ("seta", "SETA, all 3 layers"),
+        pytest.param("training", "UNet, one guided step of a story", marks=pytest.mark.slow),
+    ],
+)
+def test_outputs_that_differ_end_with_status_1_and_no_number(part, what, stand_in, tmp_path):
     reference = ["--reference", str(clone(tmp_path)), "--reference-python", stand_in]
 
-    done = benchmark("--suite=cpu", "--only", "seta", *reference)
+    done = benchmark("--suite=cpu", "--only", part, *reference)
 
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "parity: SETA, all 3 layers, eager: relative error " in done.stderr
+    assert f"parity: {what}, eager: relative error " in done.stderr
 
 
 def test_layers_with_seta_are_counted_as_the_project_counts():

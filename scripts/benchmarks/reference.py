@@ -123,7 +123,10 @@ class Original:
     @functools.cached_property
     def mended(self) -> torch.nn.Module:
         """The UNet as the variant `strongest` has it, not compiled yet."""
-        network = copy.deepcopy(self.unet).to(memory_format=torch.channels_last)
+        network = copy.deepcopy(self.unet)
+        for p in network.parameters():
+            if p.dim() == 4:  # which `Module.to` would ask of convolutions over frames, too
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
         forwards = {cls: edited(cls, old, new) for cls, old, new in EDITS}
         for module in network.modules():
             if type(module) in forwards:

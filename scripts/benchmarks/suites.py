@@ -65,7 +65,11 @@ def forward_lines(
     arrays, places = forward.inputs(model), forward.seta_places(model)
     if original:
         forward.load_original(original, model.config, arrays, machine.dtype)
-    chosen = [forward.unet_forward(model, placed, arrays)] if "unet" in parts else []
+    chosen, unet = [], None
+    # With the original also where it is not timed: what draws and trains must be the same network.
+    if "unet" in parts or (original and {"drawing", "training"} & set(parts)):
+        unet = forward.unet_forward(model, placed, arrays)
+        chosen.append(unet)
     if "seta" in parts:
         by_side = {place.side: place for place in places}
         for what, some in [
@@ -82,7 +86,8 @@ def forward_lines(
         for what, error in found.items():
             yield Row(f"{what}: relative error", [error], unit="")
     for one in chosen:
-        yield from forward.rows(machine, one, original)
+        if one is not unet or "unet" in parts:
+            yield from forward.rows(machine, one, original)
 
 
 def training_lines(
