@@ -22,7 +22,7 @@ test: .venv/installed-test ## run the tests (minutes, no network)
 	$(VENV) -m pytest $(PARALLEL)
 
 slow: .venv/installed-test ## run the long tests that need nothing more installed
-	$(VENV) -m pytest -m "(slow or full_size or multiprocess) and not (torch or browser or gpu)"
+	$(VENV) -m pytest -m "(slow or full_size or multiprocess) and not (torch or browser)"
 
 lint: .venv/installed-dev ## check style and formatting
 	$(VENV) -m ruff check

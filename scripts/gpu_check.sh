@@ -39,9 +39,11 @@ export PYTHONPATH=$PWD:$packages${PYTHONPATH:+:$PYTHONPATH}
 section "parity: float32 at the highest precision, bfloat16"
 # What is compiled here runs once: choosing the fastest kernels would take longer than it saves.
 status=0
-JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0" \
-    within_limit "$python" -m pytest tests/parity \
-    -m "gpu or not (slow or full_size)" || status=$?
+parity() {
+    JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0" \
+        within_limit "$python" -m pytest "$@"
+}
+parity tests/parity && parity -m slow tests/parity/test_bfloat16.py || status=$?
 
 if ((status == 0)); then
     section "benchmark"

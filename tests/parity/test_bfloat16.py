@@ -25,7 +25,7 @@ CASES = [
 ]
 
 
-@pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CASES, ids=name)
 def test_bfloat16_is_as_close_as_its_rounding(path: Path) -> None:
     with jax.default_matmul_precision("default"):
