@@ -240,6 +240,24 @@ def test_the_published_unet_by_parts(parts, giga):
     assert sum(counted[part] for part in parts) / 1e9 == pytest.approx(giga, abs=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "conv2d"])
+def test_the_published_unet_is_compiled_to_as_much_work(mode):
+    # XLA passes over the padding of convolutions, and SETA's tiles compute masked scores as well.
+    unet = dataclasses.replace(PUBLISHED.unet, first_frame_condition_mode=mode)
+    config = dataclasses.replace(PUBLISHED, unet=unet)
+    model, given = StoryModel(config), unet.is_continuation
+    text = jax.eval_shape(model.text_keys_values, model.shapes, array(1, 5, 77, 1024))
+    time = array(1, dtype=jnp.int32), array(1, 4)
+    shifts = jax.eval_shape(model.time_shifts, model.shapes, *time)
+    noisy, first = array(1, 5 - given, 32, 32, 4), array(1, 32, 32, 4) if given else None
+
+    lowered = jax.jit(model.predict).lower(model.shapes, noisy, shifts, text, first)
+
+    cost: Any = lowered.compile().cost_analysis()
+    np.testing.assert_allclose(cost["flops"], unet_flops(config).total(), rtol=0.05)
+
+
 def test_the_published_model():
     once = storyline_flops(PUBLISHED)
 

@@ -17,7 +17,7 @@ from contextualstory_jax import Story, StoryPipeline, UserError
 from contextualstory_jax.camera import film
 from contextualstory_jax.config import FrameInitConfig, ModelConfig, SamplingConfig, build
 from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
-from contextualstory_jax.diffusion.samplers import Sampler
+from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.spatial import per_branch
 from contextualstory_jax.pipeline import Inputs, Scales, decode, draw_latents, story_key
@@ -300,6 +300,24 @@ def test_guidance_joins_predictions_with_less_and_more_of_the_condition(
     }[branches]
     expected = np.concatenate([clean, expected], axis=1) if given else expected
     np.testing.assert_allclose(latents, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_program_is_as_large_for_any_number_of_steps(tiny_model_config):
+    keys = jax.random.split(jax.random.key(0), 1)
+    inputs = Inputs(jnp.zeros((1, 5, 7), int), jnp.zeros((1, 5, 4, 4, 1)), keys, keys, None)
+    model, scales = PlainModel(tiny_model_config), Scales(*jnp.ones(3))
+
+    def operations(steps: int) -> int:
+        sampler = make_sampler(tiny_model_config.scheduler, SamplingConfig(steps=steps))
+        return str(
+            jax.make_jaxpr(
+                lambda sampler: draw_latents(
+                    model, 2, {}, inputs, jnp.zeros(7, int), jnp.zeros(4), sampler, scales, None
+                )
+            )(sampler)
+        ).count(" = ")
+
+    assert operations(2) == operations(50) > 20
 
 
 def test_frameinit_mixes_the_whole_clip_whose_first_view_is_the_first_frame(tiny_model_config):
