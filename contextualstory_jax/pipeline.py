@@ -316,8 +316,9 @@ class StoryPipeline:
         )
         if initial_latents is not None:
             _check_latents(initial_latents, (len(stories), *shape))
-        # Every batch has one size, a power of two up to `batch_size`, so that one program serves
-        # and few do for any number of stories: the last story fills the last batch.
+        # Every batch has one size, so that one program serves: a power of two or, if less,
+        # `batch_size`, so that few serve any number of stories. The last batch is filled by the
+        # last story.
         ways = batch_ways(self.mesh)
         bucket = min(batch_size, 1 << (len(stories) - 1).bit_length())
         batch_size = -(-bucket // ways) * ways

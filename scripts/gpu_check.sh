@@ -13,10 +13,15 @@
 #
 # JAX_PLATFORMS=cpu scripts/gpu_check.sh --config tests/tiny_recipe.py tries it without a GPU.
 set -euo pipefail
+if [[ -n ${WHEELS:-} ]]; then
+    WHEELS=$(cd "$WHEELS" && pwd)
+fi
+out=${OUT:-$(dirname "$0")/../gpu_check}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-out=${OUT:-gpu_check}
 limit=${LIMIT:-600}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 
@@ -25,8 +30,6 @@ section() { printf '\n==== %s (after %d s) ====\n' "$*" "$SECONDS"; }
 # A command, in what is left of the time.
 within_limit() { timeout "$((limit > SECONDS ? limit - SECONDS : 1))" "$@"; }
 
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
 packages=$out/packages
 if [[ -n ${WHEELS:-} ]]; then
     section "wheels"

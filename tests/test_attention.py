@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from contextualstory_jax.models import attention as models_attention
 from contextualstory_jax.models.attention import (
     GEGLU,
     RotaryEmbedding,
     attention,
+    has_cudnn_attention,
     rotate,
     seta_attention,
     seta_mask,
@@ -273,21 +276,40 @@ def test_the_gate_is_the_exact_gelu():
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "queries", "channels", "masked", "chosen"),
+    ("backend", "capabilities", "there"),
     [
-        ("gpu", jnp.bfloat16, 256, 64, False, True),
-        ("gpu", jnp.float16, 1024, 128, False, True),
-        ("gpu", jnp.float32, 1024, 64, False, False),
-        ("gpu", jnp.bfloat16, 64, 64, False, False),
-        ("gpu", jnp.bfloat16, 256, 160, False, False),
-        ("gpu", jnp.bfloat16, 256, 20, False, False),
-        ("gpu", jnp.bfloat16, 256, 64, True, False),
-        ("tpu", jnp.bfloat16, 1024, 64, False, False),
-        ("cpu", jnp.bfloat16, 1024, 64, False, False),
+        ("gpu", ["9.0"], True),
+        ("gpu", ["8.0"], True),
+        ("gpu", ["7.5"], False),
+        ("gpu", ["gfx942"], False),
+        ("gpu", ["9.0", "9.0"], False),
+        ("tpu", ["9.0"], False),
+        ("cpu", ["9.0"], False),
+    ],
+)
+def test_cudnn_is_asked_of_one_gpu_that_has_it(monkeypatch, backend, capabilities, there):
+    devices = [types.SimpleNamespace(compute_capability=c) for c in capabilities]
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+    assert has_cudnn_attention() == there
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "channels", "masked", "chosen"),
+    [
+        (jnp.bfloat16, 256, 64, False, True),
+        (jnp.float16, 1024, 128, False, True),
+        (jnp.float32, 1024, 64, False, False),
+        (jnp.bfloat16, 64, 64, False, False),
+        (jnp.bfloat16, 256, 160, False, False),
+        (jnp.bfloat16, 256, 20, False, False),
+        (jnp.bfloat16, 256, 64, True, False),
     ],
 )
 def test_cudnn_computes_what_it_takes_and_what_is_large(
-    monkeypatch, backend, dtype, queries, channels, masked, chosen
+    monkeypatch, dtype, queries, channels, masked, chosen
 ):
     asked = []
 
@@ -295,7 +317,7 @@ def test_cudnn_computes_what_it_takes_and_what_is_large(
         asked.append(implementation)
         return q
 
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(models_attention, "has_cudnn_attention", lambda: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     q, k = jnp.zeros((1, queries, 2, channels), dtype), jnp.zeros((1, 77, 2, channels), dtype)
 

@@ -112,7 +112,7 @@ def test_a_python_without_the_packages_is_told_in_a_line(tmp_path):
     folder = clone(tmp_path)
 
     with pytest.raises(
-        UserError, match=r"the original cannot be run: \w+Error: .*torch|contextual"
+        UserError, match=r"the original cannot be run: \w+Error: .*(torch|contextual)"
     ):
         Original(folder, sys.executable, ["eager"])
     with pytest.raises(UserError, match="cannot run no-such-python: No such file"):

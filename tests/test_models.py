@@ -587,14 +587,15 @@ def test_branches_share_what_comes_before_the_text(changes):
     network = Network(lambda: UNet(config))
     given = config.is_continuation
     text = random(2 * STORIES, FRAMES, TEXT, WIDTH)
-    sample = random(STORIES, FRAMES - given, SIZE, SIZE, 3, seed=1)
+    sample, timesteps = random(STORIES, FRAMES - given, SIZE, SIZE, 3, seed=1), jnp.arange(STORIES)
     first_frame = random(STORIES, SIZE, SIZE, 3, seed=2) if given else None
 
     @functools.partial(jax.jit, static_argnums=1)
     def predict(params, repeats):
         unet = network.bind(params)
-        shifts = unet.time_shifts(jnp.array([10]), unet.storyflow(jnp.ones((1, FRAMES - 1))))
-        x, frame = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), (sample, first_frame))
+        told = (timesteps, sample, first_frame)
+        times, x, frame = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), told)
+        shifts = unet.time_shifts(times, unet.storyflow(jnp.ones((1, FRAMES - 1))))
         return unet(x, shifts, unet.text_keys_values(text), frame)
 
     params = draw(network)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,15 +51,27 @@ def attention(
     return jnp.swapaxes(out.astype(v.dtype), -3, -2)
 
 
+def has_cudnn_attention() -> bool:
+    """Whether JAX computes on one NVIDIA GPU, of Ampere or later.
+
+    On several, XLA knows how to split its own attention by heads; cuDNN's was not tried.
+    """
+    if jax.default_backend() != "gpu" or jax.device_count() > 1:
+        return False
+    # Of other makers' GPUs JAX gives no such number.
+    capability = re.fullmatch(r"(\d+)\.\d+", str(jax.devices()[0].compute_capability))
+    return capability is not None and int(capability[1]) >= 8
+
+
 def suits_cudnn(q: Float[Array, "*batch q n k"]) -> bool:
     """Whether cuDNN's fused attention is to compute queries of this kind, which see all keys.
 
-    On GPUs, where scores are so many that writing them would cost more than computing them. cuDNN
+    That is where scores are so many that writing them would cost more than computing them. cuDNN
     takes 16-bit numbers, and heads of a multiple of 8 and, before Hopper, up to 128 channels.
     """
     queries, _, channels = q.shape[-3:]
     return (
-        jax.default_backend() == "gpu"
+        has_cudnn_attention()
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and queries >= 256
         and channels % 8 == 0

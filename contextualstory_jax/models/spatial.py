@@ -54,7 +54,7 @@ class ResnetBlock2D(nnx.Module):
         self, x: Float[Array, "b f h w i"], shift: Float[Array, "#b f c"]
     ) -> Float[Array, "b f h w c"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
-        h = h + shift[:, :, None, None]
+        h = h + per_branch(shift, h)[:, :, None, None]
         h = self.conv2(jax.nn.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

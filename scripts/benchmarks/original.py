@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ class Original:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
+                # What this Python finds its packages by would hide those of that one.
+                env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
             )
         except OSError as error:
             raise UserError(f"cannot run {python}: {error.strerror}") from error

@@ -146,6 +146,11 @@ class Original:
             compile_ = self.compilers[variant]
             network = self.mended if variant == "strongest" else self.unet
             name, *rest = what.split()
+            # What was measured before gives its memory back.
+            same = {asked: p for asked, p in self.programs.items() if asked[0].split()[0] == name}
+            self.programs = same
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
             if name == "unet":
                 program = self.unet_program(compile_(network))
             elif name == "seta":

@@ -37,7 +37,11 @@ def lines(
         pipeline = drawing.make_pipeline(model, params)
         if "drawing" in parts:
             for batch_size in BATCH_SIZES:
-                few = {} if batch_size == 1 else {"rounds": FEW_ROUNDS, "warm_ups": 1}
+                few = (
+                    {}
+                    if batch_size == 1
+                    else {"rounds": min(machine.rounds, FEW_ROUNDS), "warm_ups": 1}
+                )
                 # The original as one story at a time, and many, are enough.
                 other = original if batch_size in (BATCH_SIZES[0], BATCH_SIZES[-1]) else None
                 yield from drawing.rows(machine._replace(**few), pipeline, batch_size, other)
