@@ -39,7 +39,7 @@ def attention(
         flat = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
         return jax.nn.dot_product_attention(*flat, implementation="cudnn").reshape(q.shape)
     # Heads first, and divided by the sum after the product with values, not before: scores are the
-    # largest arrays. On a CPU this takes two thirds of what jax.nn.dot_product_attention does.
+    # largest arrays. On a CPU this takes less time than jax.nn.dot_product_attention does.
     q, k, v = (jnp.swapaxes(x, -3, -2) for x in (q, k, v))
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits = einsum("... q k, ... s k -> ... q s", q, k) * q.shape[-1] ** -0.5
