@@ -1,7 +1,6 @@
 """Compare ways to compute Spatially-Enhanced Temporal Attention, inside the module it is part of.
 
-    python scripts/benchmark_seta.py                     # times on this machine
-    python scripts/benchmark_seta.py --topology v5e:2x2  # what a TPU's compiler makes of each
+    python scripts/benchmark_seta.py
 
 A line for each way and level of the published UNet: one story's first temporal attention, with its
 projections, forward, and forward and backward. All ways are checked to agree first. The model's own
@@ -19,8 +18,9 @@ import argparse
 import functools
 import itertools
 import statistics
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,12 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.models import attention as models_attention
-from contextualstory_jax.models import temporal
-from contextualstory_jax.models.attention import attention, seta_attention
-from contextualstory_jax.models.network import Network
-from contextualstory_jax.models.temporal import TemporalAttention
+sys.path.insert(0, str(Path(__file__).parents[1]))  # what measures is not in an installation
+
+from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
+from contextualstory_jax.config import require  # noqa: E402
+from contextualstory_jax.models import attention as models_attention  # noqa: E402
+from contextualstory_jax.models import temporal  # noqa: E402
+from contextualstory_jax.models.attention import attention, seta_attention  # noqa: E402
+from contextualstory_jax.models.network import Network  # noqa: E402
+from contextualstory_jax.models.temporal import TemporalAttention  # noqa: E402
+from scripts.benchmarks.measuring import timed  # noqa: E402
 
 FRAMES, HEADS = 5, 8
 LEVELS = ((32, 320), (16, 640), (8, 1280))  # pixels a side, channels
@@ -157,43 +161,17 @@ def measure(rounds: int) -> Iterator[str]:
                 jnp.linalg.norm(forward(params, x) - exact) / jnp.linalg.norm(exact)
             )
             jax.block_until_ready(both(params, x))
+        timed_pairs = {
+            name: [timed(functools.partial(program, params, x)) for program in pair]
+            for name, pair in compiled.items()
+        }
         for _ in range(rounds):
-            for name, pair in compiled.items():
-                taken[name].append(tuple(seconds(program, params, x) for program in pair))
+            for name, tasks in timed_pairs.items():
+                taken[name].append(tuple(task() for task in tasks))
         for name, times in taken.items():
             forward, both = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
             error = errors[name]
             yield f"{f'{side}x{side}':10}{name:10}{forward:12.1f}{both:18.1f}{error:10.1e}"
-
-
-def seconds(program: Program, *arguments: Any) -> float:
-    """One run's."""
-    began = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return time.perf_counter() - began
-
-
-def costs(topology: str) -> Iterator[str]:
-    """Lines of a table: what one chip of a TPU topology would do, in bfloat16."""
-    from contextualstory_jax.ahead import memory_use, tpu_devices
-    from contextualstory_jax.hlo import memory_traffic
-
-    where = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
-    yield f"{'level':10}{'way':10}{'':16}{'GFLOP':>8}{'MB moved':>10}{'MB held':>10}"
-    for side, channels in LEVELS:
-        x = jax.ShapeDtypeStruct((1, FRAMES, side, side, channels), jnp.bfloat16, sharding=where)
-        for name, network, *pair in programs(side, channels):
-            params = {
-                n: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=where)
-                for n, p in network.shapes.items()
-            }
-            for kind, program in zip(("forward", "with backward"), pair, strict=True):
-                compiled = jax.jit(program).lower(params, x).compile()
-                cost: Any = compiled.cost_analysis()
-                moved = memory_traffic(compiled.as_text() or "") / 1e6
-                held = memory_use(compiled)["temporaries"] / 1e6
-                figures = f"{cost['flops'] / 1e9:8.1f}{moved:10.1f}{held:10.1f}"
-                yield f"{f'{side}x{side}':10}{name:10}{kind:16}{figures}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -201,10 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--topology", help="of a TPU that need not be there; needs the extra [tpu]")
     arguments = parser.parse_args(argv)
-    lines = costs(arguments.topology) if arguments.topology else measure(arguments.rounds)
-    for line in lines:
+    require(arguments.rounds >= 1, f"--rounds must be at least 1; got {arguments.rounds}")
+    for line in measure(arguments.rounds):
         print(line, flush=True)
 
 
