@@ -14,6 +14,7 @@
 # JAX_PLATFORMS=cpu scripts/gpu_check.sh --config tests/tiny_recipe.py tries it without a GPU.
 set -euo pipefail
 if [[ -n ${WHEELS:-} ]]; then
+    [[ -d $WHEELS ]] || { echo "error: no folder $WHEELS; name one with wheels" >&2; exit 2; }
     WHEELS=$(cd "$WHEELS" && pwd)
 fi
 out=${OUT:-$(dirname "$0")/../gpu_check}

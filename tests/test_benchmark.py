@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,17 @@ def test_bad_input_is_one_line_and_status_2(arguments, message):
     assert done.stdout == ""
 
 
+def test_a_gpu_check_without_its_wheels_is_refused_and_leaves_nothing(tmp_path):
+    settings = {**os.environ, "WHEELS": str(tmp_path / "none"), "OUT": str(tmp_path / "out")}
+    script = str(ROOT / "scripts" / "gpu_check.sh")
+
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env=settings)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: no folder {tmp_path / 'none'}; name one with wheels\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_python_without_the_packages_is_told_in_a_line(tmp_path):
     folder = clone(tmp_path)
 
@@ -182,12 +194,13 @@ def test_weights_are_live_across_frames():
     assert params["unet"].keys() == model.unet.shapes.keys()
 
 
-def test_a_compilation_is_counted():
-    counter = CompilationCount()
+def test_a_compilation_is_counted_while_it_is_listened_for():
+    with CompilationCount() as counter:
+        jax.jit(lambda x: x * 1.5)(np.ones(3)).block_until_ready()
+    seen = counter.count
+    jax.jit(lambda x: x * 2.5)(np.ones(3)).block_until_ready()
 
-    jax.jit(lambda x: x * 1.5)(np.ones(3)).block_until_ready()
-
-    assert counter.count >= 1
+    assert counter.count == seen >= 1
 
 
 def test_a_program_that_does_not_fit_a_chip_has_a_line_too():

@@ -21,6 +21,7 @@ from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.spatial import per_branch
 from contextualstory_jax.pipeline import Inputs, Scales, decode, draw_latents, story_key
+from scripts.benchmarks.drawing import CompilationCount
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
 STORIES = [
@@ -101,22 +102,14 @@ def test_a_hundred_mixed_requests_compile_nothing(pipeline):
 
     for bucket in (1, 2, 4):
         draw(bucket, **mixed())
-    compiled: list[str] = []
-
-    def hear(event: str, *_: object, **__: object) -> None:
-        compiled.extend([event] if "backend_compile" in event else [])
-
-    jax.monitoring.register_event_duration_secs_listener(hear)
-    try:
+    with CompilationCount() as counter:
         for _ in range(100):
             draw(int(generator.integers(1, 10)), **mixed())
-        seen = list(compiled)
+        seen = counter.count
         jax.jit(lambda x: x + 1)(generator.random())
-    finally:
-        jax.monitoring.unregister_event_duration_listener(hear)
 
-    assert seen == []
-    assert len(compiled) == 1  # or it would not have been heard
+    assert seen == 0
+    assert counter.count == 1  # or it would not have been heard
 
 
 def test_a_device_decodes_a_few_stories_at_a_time(tiny_model_config):

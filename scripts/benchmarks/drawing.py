@@ -79,11 +79,16 @@ def rows(
 
 
 class CompilationCount:
-    """How many programs JAX has made or fetched since this was."""
+    """As a context manager: how many programs JAX has made or fetched in it."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    count = 0
+
+    def __enter__(self) -> CompilationCount:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
 
     def _listen(self, event: str, duration: float, **_: str | int) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
@@ -109,8 +114,8 @@ def mixed_requests(pipeline: StoryPipeline) -> Iterator[Row]:
 
     for count in (1, 2):
         pipeline.draw(stories(config, count))
-    counter = CompilationCount()
-    seconds = [timed(request)() for _ in range(REQUESTS)]
+    with CompilationCount() as counter:
+        seconds = [timed(request)() for _ in range(REQUESTS)]
     yield Row(f"{REQUESTS} mixed requests of 1 or 2 stories", seconds)
     yield Row(f"{REQUESTS} mixed requests: programs compiled", [counter.count], "")
 
