@@ -22,12 +22,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from contextualstory_jax.config import require
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.samplers import make_sampler
+from contextualstory_jax.drawing import Inputs, Scales, drawing_program
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.flops import DEVICES, drawing_flops, peak_flops, training_step_flops
 from contextualstory_jax.hlo import collectives, memory_traffic
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.vae import Moments
-from contextualstory_jax.pipeline import Inputs, Scales, drawing_program
 from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import Batch, Encoded

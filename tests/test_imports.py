@@ -30,6 +30,7 @@ LIBRARY = {
 }
 MIDDLE = {
     "pipeline",
+    "drawing",
     "progress",
     "ahead",
     "compilation",

@@ -18,9 +18,10 @@ from contextualstory_jax.camera import film
 from contextualstory_jax.config import FrameInitConfig, ModelConfig, SamplingConfig, build
 from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
 from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
+from contextualstory_jax.drawing import Inputs, Scales, decode, draw_latents
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.spatial import per_branch
-from contextualstory_jax.pipeline import Inputs, Scales, decode, draw_latents, story_key
+from contextualstory_jax.pipeline import story_key
 from scripts.benchmarks.drawing import CompilationCount
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from contextualstory_jax.config import ModelConfig
+from contextualstory_jax.drawing import interleave
 from contextualstory_jax.flops import attention, dense, unet_flops
 from contextualstory_jax.model import Parts, StoryModel
-from contextualstory_jax.pipeline import interleave
 from scripts.benchmarks.measuring import Compiled, Machine, Row, compile_twice, timed
 from scripts.benchmarks.original import Original
 from tests.parity import recipe
