@@ -101,6 +101,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--chip", nargs="+", metavar="NAME", help="of tpu-aot; v4:1x1x1 v5e:1x1 v5p:1x1x1 v6e:1x1"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="of tpu-aot; see scripts/compile_for_tpu.py"
+    )
     arguments, overrides = parser.parse_with_overrides(argv)
     if arguments.suite is None:
         import jax
@@ -130,7 +133,7 @@ def compile_for_chips(
 
     programs = [(chip, p) for chip in arguments.chip or tpu.CHIPS for p in arguments.only]
     for i, (chip, program) in enumerate(programs):
-        found = tpu.compile_for(chip, program, arguments.config, overrides)
+        found = tpu.compile_for(chip, program, arguments.config, overrides, quick=arguments.quick)
         if i == 0:  # so that bad input is told without a table
             report.head(tpu.COLUMNS, config=arguments.config, **tpu.versions())
         report.line(tpu.cells(found), found)

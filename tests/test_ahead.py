@@ -84,11 +84,13 @@ def test_what_does_not_fit_a_slice_is_told_in_a_line(arguments, message):
 
 @needs_compiler
 @pytest.mark.slow
-def test_a_training_step_compiles_for_a_slice():
-    done = script("--topology", "v5e:2x2", "--config.batch_size=8", "--config.mesh.fsdp=4")
+@pytest.mark.parametrize("effort", [[], ["--quick"]], ids=["whole", "quick"])
+def test_a_training_step_compiles_for_a_slice(effort):
+    done = script("--topology=v5e:2x2", "--config.batch_size=8", "--config.mesh.fsdp=4", *effort)
 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
+    assert found["quick"] == bool(effort)
     assert (found["fits"], found["device"], found["chips"]) == (True, "TPU v5 lite", 4)
     assert found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert found["hbm_limit"] == 15.75 * 2**30

@@ -16,6 +16,7 @@ from contextualstory_jax.errors import UserError
 from contextualstory_jax.flops import unet_flops
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.recipes import load_recipe
+from scripts import benchmark_checkpoint
 from scripts.benchmarks import forward, tpu
 from scripts.benchmarks.drawing import CompilationCount
 from scripts.benchmarks.measuring import COLUMNS, Machine, Row
@@ -23,6 +24,7 @@ from scripts.benchmarks.original import Original
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "tests" / "tiny_recipe.py"
+CHECKPOINT = ["--config", str(RECIPE), "--folder"]
 # In the original's place: what it computes is what it is given, and one variant fails.
 STAND_IN = """
 import json, sys
@@ -218,3 +220,14 @@ def test_a_program_that_does_not_fit_a_chip_has_a_line_too():
 
     assert len(cells) == len(tpu.COLUMNS)
     assert cells[:4] == ["training", "v5e:1x1", "20.0 GiB", "16.0 GiB"] and cells[-1] == "61 s"
+
+
+def test_a_checkpoint_is_saved_and_restored_with_its_times(tmp_path, capsys):
+    with pytest.raises(UserError, match="no such folder"):
+        benchmark_checkpoint.main([*CHECKPOINT, str(tmp_path / "away")])
+
+    benchmark_checkpoint.main([*CHECKPOINT, str(tmp_path)])
+
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[1:]] == ["save:", "save:", "save:", "restore:"]
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,7 @@
 """Drawing and training compiled for one TPU chip that is not there: operations, bytes, memory.
 
 Each program is compiled by `scripts/compile_for_tpu.py` in a process of its own, one at a time:
-published sizes take many minutes and several GB.
+published sizes take many minutes and several GB, less with `--quick`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ COLUMNS = (
 )
 
 
-def compile_for(chip: str, program: str, config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What the compiler says. Raises `UserError` where it cannot be asked."""
+def compile_for(
+    chip: str, program: str, config: str, overrides: Sequence[str], *, quick: bool = False
+) -> dict[str, Any]:
+    """What the compiler says, with `quick` at its least effort.
+
+    Raises `UserError` where it cannot be asked.
+    """
     command = [sys.executable, str(SCRIPT), "--config", config, "--topology", chip]
     command += [*PROGRAMS[program], *(f"--config.{override}" for override in overrides)]
+    command += ["--quick"] * quick
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
         said = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]

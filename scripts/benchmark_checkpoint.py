@@ -1,0 +1,77 @@
+"""Measure how long a checkpoint keeps training waiting, and how long it takes to be read again.
+
+    python scripts/benchmark_checkpoint.py --config configs/pororo_visualization.py --folder DIR
+
+Saves the recipe's whole state, with random numbers for weights, from the mesh that training would
+have, and restores it. Training waits while the state is copied off the devices; meanwhile it is
+written to the disk of DIR, which should have done so before the next checkpoint. What is written is
+deleted. Needs memory for the state twice, on a CPU three times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
+from contextualstory_jax.config import require  # noqa: E402
+from contextualstory_jax.model import StoryModel  # noqa: E402
+from contextualstory_jax.orbax_checkpoints import Checkpoints  # noqa: E402
+from contextualstory_jax.processes import say  # noqa: E402
+from contextualstory_jax.recipes import load_recipe  # noqa: E402
+from contextualstory_jax.sharding import Placement, make_mesh  # noqa: E402
+from contextualstory_jax.trainer import abstract_state, to_items  # noqa: E402
+
+ROUNDS = 3  # the first has threads to start
+
+
+def random_array(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Numbers that do not compress, on each device its share."""
+
+    def share(index: tuple[slice, ...]) -> np.ndarray:
+        shape = like.sharding.shard_shape(like.shape)
+        return np.random.default_rng(0).standard_normal(shape, np.float32).astype(like.dtype)
+
+    return jax.make_array_from_callback(like.shape, like.sharding, share)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Raises `UserError` where the recipe does not fit the devices or the disk."""
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config", required=True, metavar="RECIPE")
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
+    arguments, overrides = parser.parse_with_overrides(argv)
+    require(arguments.folder.is_dir(), f"{arguments.folder}: no such folder; make it first")
+    config = load_recipe(arguments.config, overrides)
+    placement = Placement(make_mesh(config.mesh, jax.devices()), config.mesh.rules)
+    abstract = to_items(abstract_state(StoryModel(config.model), config, placement))
+    state = jax.tree.map(random_array, abstract)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    say(f"{size / 1e9:.2f} GB on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        for step in range(ROUNDS):
+            with Checkpoints(Path(folder), keep=1) as checkpoints:
+                began = time.perf_counter()
+                checkpoints.save(step, state, meta={})
+                waited = time.perf_counter() - began
+            written = time.perf_counter() - began
+            say(f"save: training waits {waited:.2f} s, written after {written:.1f} s")
+        del state
+        began = time.perf_counter()
+        with Checkpoints(Path(folder)) as checkpoints:
+            jax.block_until_ready(checkpoints.restore(step, abstract))
+        say(f"restore: {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    run(main)
