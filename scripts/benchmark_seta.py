@@ -10,6 +10,7 @@ are the tiles; the others are here only to be compared:
     shifts    scores with the nine shifted maps of keys, nothing gathered
     tiles N   queries in tiles of N x N pixels, keys with a halo, one mask
     dense     all keys, with the logarithm of how often a query sees each as bias; where it fits
+    fused     tiles of 4; queries, keys and values come from one product, not three
 """
 
 from __future__ import annotations
@@ -123,7 +124,17 @@ def tiles(size: int) -> Way:
 def ways(side: int) -> dict[str, Way]:
     """The ways that fit a level."""
     found = {"gather": gather, "shifts": shifts, "tiles 4": tiles(4), "tiles 8": tiles(8)}
-    return {**found, "dense": dense} if FRAMES * side**2 <= DENSE_AT_MOST else found
+    if FRAMES * side**2 <= DENSE_AT_MOST:
+        found["dense"] = dense
+    return {**found, "fused": tiles(4)}
+
+
+def fuse_projections(layer: TemporalAttention, x: jax.Array) -> None:
+    """Have a module make queries, keys and values of one input in one product."""
+    names = ("to_q", "to_k", "to_v")
+    kernels = jnp.concatenate([getattr(layer, name).kernel[...] for name in names], axis=1)
+    for name, part in zip(names, jnp.split(x @ kernels, len(names), axis=-1), strict=True):
+        setattr(layer, name, lambda _, part=part: part)
 
 
 Program = Callable[[dict[str, jax.Array], jax.Array], Any]
@@ -134,9 +145,12 @@ def programs(side: int, channels: int) -> Iterator[tuple[str, Network, Program, 
     network = Network(lambda: TemporalAttention(channels, HEADS, seta=True, rotary=True))
     for name, way in ways(side).items():
 
-        def forward(params: dict, x: jax.Array, way: Way = way) -> jax.Array:
+        def forward(params: dict, x: jax.Array, name: str = name, way: Way = way) -> jax.Array:
+            layer = network.bind(params)
+            if name == "fused":
+                fuse_projections(layer, x)
             with mock.patch.object(temporal, "seta_attention", way):
-                return network.bind(params)(x)
+                return layer(x)
 
         def both(params: dict, x: jax.Array, forward: Program = forward) -> Any:
             return jax.grad(lambda *a: (forward(*a) ** 2).sum(), argnums=(0, 1))(params, x)
