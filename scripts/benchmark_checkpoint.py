@@ -5,7 +5,7 @@
 Saves the recipe's whole state, with random numbers for weights, from the mesh that training would
 have, and restores it. Training waits while the state is copied off the devices; meanwhile it is
 written to the disk of DIR, which should have done so before the next checkpoint. What is written is
-deleted. Needs memory for the state twice, on a CPU three times.
+deleted. On a CPU it needs memory for the state twice.
 """
 
 from __future__ import annotations
