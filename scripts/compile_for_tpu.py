@@ -14,26 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Before JAX is imported: it shall not look for TPUs, nor keep what it compiles for none.
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    JAX_ENABLE_COMPILATION_CACHE="false",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-4",  # any
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_WORKER_ID="0",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contextualstory_jax.ahead import drawing, report, tpu_devices, training  # noqa: E402
-from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
-from contextualstory_jax.recipes import load_recipe  # noqa: E402
+import scripts.benchmarks.absent_tpu  # noqa: F401, I001 - before JAX
+
+from contextualstory_jax.ahead import drawing, report, tpu_devices, training
+from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.recipes import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -115,6 +115,17 @@ def test_what_a_slice_cannot_hold_does_not_fit():
     assert found["hbm_bytes_per_chip"]["total"] > found["hbm_limit"] == 30.75 * 2**30
 
 
+def test_ways_of_seta_are_asked_of_a_compiler_for_a_slice_there_is():
+    path = ROOT / "scripts" / "benchmark_seta_tpu.py"
+    command = [sys.executable, str(path), "--topology", "v9:1x1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 2
+    expected = "no TPU topology 'v9:1x1': " if HAS_COMPILER else "libtpu, is not installed"
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 # What the step and drawing move between eight devices; and what of the parameters is split.
 PROGRAM = """
 import json, math, sys
