@@ -174,8 +174,8 @@ def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = N
     return Program(traced.lower(), mesh, "bfloat16", b, useful, padded_flops(traced.jaxpr))
 
 
-# XLA's least effort, and one code for equal layers: a tenth of the time and half of the memory, for
-# a program of the same operations that fuses and overlaps less.
+# XLA's least effort, and one code for equal layers: a fraction of the time and half of the memory,
+# for a program of the same operations that fuses and overlaps less.
 QUICK = {"exec_time_optimization_effort": -1.0, "xla_tpu_enable_deduplicated_calls": True}
 
 

@@ -119,6 +119,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--reference and --reference-python go together",
     )
     require(
+        arguments.suite == "tpu-aot" or not (arguments.chip or arguments.quick),
+        "--chip and --quick are of the suite tpu-aot",
+    )
+    require(
         arguments.json is None or arguments.json.absolute().parent.is_dir(),
         f"--json: no folder {arguments.json and arguments.json.absolute().parent}",
     )
@@ -135,7 +139,8 @@ def compile_for_chips(
     for i, (chip, program) in enumerate(programs):
         found = tpu.compile_for(chip, program, arguments.config, overrides, quick=arguments.quick)
         if i == 0:  # so that bad input is told without a table
-            report.head(tpu.COLUMNS, config=arguments.config, **tpu.versions())
+            about = {"config": arguments.config, "quick": arguments.quick, **tpu.versions()}
+            report.head(tpu.COLUMNS, **about)
         report.line(tpu.cells(found), found)
 
 

@@ -11,6 +11,7 @@ deleted. On a CPU it needs memory for the state twice.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -22,14 +23,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
-from contextualstory_jax.config import require  # noqa: E402
-from contextualstory_jax.model import StoryModel  # noqa: E402
-from contextualstory_jax.orbax_checkpoints import Checkpoints  # noqa: E402
-from contextualstory_jax.processes import say  # noqa: E402
-from contextualstory_jax.recipes import load_recipe  # noqa: E402
-from contextualstory_jax.sharding import Placement, make_mesh  # noqa: E402
-from contextualstory_jax.trainer import abstract_state, to_items  # noqa: E402
+from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.config import require
+from contextualstory_jax.model import StoryModel
+from contextualstory_jax.orbax_checkpoints import Checkpoints
+from contextualstory_jax.processes import say
+from contextualstory_jax.recipes import load_recipe
+from contextualstory_jax.sharding import Placement, make_mesh
+from contextualstory_jax.trainer import abstract_state, to_items
 
 ROUNDS = 3  # the first has threads to start
 
@@ -51,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="RECIPE")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
     arguments, overrides = parser.parse_with_overrides(argv)
-    require(arguments.folder.is_dir(), f"{arguments.folder}: no such folder; make it first")
+    writable = arguments.folder.is_dir() and os.access(arguments.folder, os.W_OK)
+    require(
+        writable, f"{arguments.folder}: no such folder, or not to be written to; choose another"
+    )
     config = load_recipe(arguments.config, overrides)
     placement = Placement(make_mesh(config.mesh, jax.devices()), config.mesh.rules)
     abstract = to_items(abstract_state(StoryModel(config.model), config, placement))

@@ -6,8 +6,8 @@
 
 Prints one line of JSON (docs/scaling.md says how to read it) and exits with 0 if the program fits
 the chips' memory, with 1 if not. Neither weights nor data need be there. Needs the extra [tpu].
-Training of a published recipe wants a machine of more than 24 GB or `--quick`, and then takes ten
-minutes.
+On two cores training of a published recipe takes ten minutes and up to 18 GB with `--quick`, more
+than half an hour and 19 GB without.
 """
 
 from __future__ import annotations

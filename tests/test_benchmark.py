@@ -94,6 +94,7 @@ def test_the_table_and_the_file_hold_the_same_lines(tmp_path):
         (["--suite=cpu", "--only", "start"], "suite cpu has no start, only unet, seta, training"),
         (["--suite=cpu", "--rounds=0"], "--rounds must be at least 1"),
         (["--suite=cpu", "--reference=."], "--reference and --reference-python go together"),
+        (["--suite=cpu", "--quick"], "--chip and --quick are of the suite tpu-aot"),
         (["--suite=cpu", "--json=none/out.json"], "--json: no folder "),
         (["--suite=cpu", "--config=none.py"], "no recipe none.py"),
         (

@@ -8,10 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from contextualstory_jax.models.embeddings import (
-    frame_position_table,
-    sinusoidal_embedding,
-)
+from contextualstory_jax.models.embeddings import frame_position_table, sinusoidal_embedding
 from contextualstory_jax.models.layers import group_norm, layer_norm
 from contextualstory_jax.models.network import Network
 from contextualstory_jax.models.spatial import (
@@ -29,17 +26,14 @@ from contextualstory_jax.models.temporal import (
     TemporalTransformer,
     clamp_alphas,
 )
-from tests.tiny_networks import (
-    FRAMES,
-    TEXT,
-    WIDTH,
-    differ,
-    draw,
-    drawn,
-    initial,
-    random,
-    tiny,
-)
+from tests.tiny_networks import FRAMES, TEXT, WIDTH, differ, draw, drawn, random, tiny
+
+
+def initial(make):
+    """A module as it is before training."""
+    network = Network(make)
+    return network.bind(network.init(0))
+
 
 # Embeddings and norms
 

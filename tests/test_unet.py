@@ -11,23 +11,12 @@ import pytest
 
 from contextualstory_jax.config import UNetConfig, UseTemporal
 from contextualstory_jax.models import blocks
-from contextualstory_jax.models.embeddings import (
-    TimestepEmbedding,
-)
+from contextualstory_jax.models.embeddings import TimestepEmbedding
 from contextualstory_jax.models.network import Network
 from contextualstory_jax.models.unet import UNet
-from tests.tiny_networks import (
-    FRAMES,
-    SIZE,
-    STORIES,
-    TEXT,
-    WIDTH,
-    differ,
-    draw,
-    drawn,
-    random,
-    tiny,
-)
+from tests.tiny_networks import FRAMES, TEXT, WIDTH, differ, draw, drawn, random, tiny
+
+STORIES, SIZE = 1, 4
 
 
 def inputs(config: UNetConfig, dtype=jnp.float32) -> tuple:

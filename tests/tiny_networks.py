@@ -11,7 +11,7 @@ import numpy as np
 from contextualstory_jax.config import UNetConfig
 from contextualstory_jax.models.network import Network
 
-STORIES, FRAMES, SIZE, TEXT, WIDTH = 1, 3, 4, 2, 16
+FRAMES, TEXT, WIDTH = 3, 2, 16
 
 
 def tiny(**changes) -> UNetConfig:
@@ -53,12 +53,6 @@ def drawn(make):
     """A module with such parameters."""
     network = Network(make)
     return network.bind(draw(network))
-
-
-def initial(make):
-    """A module as it is before training."""
-    network = Network(make)
-    return network.bind(network.init(0))
 
 
 def differ(a, b, axis) -> np.ndarray:
