@@ -34,6 +34,10 @@ from contextualstory_jax.state import Batch, Encoded
 from contextualstory_jax.tiles import padded_flops
 from contextualstory_jax.trainer import abstract_state, check_batch, step_program
 
+# XLA's least effort, and one code for equal layers: a fraction of the time and half of the memory,
+# for a program of the same operations that fuses and overlaps less.
+QUICK = {"exec_time_optimization_effort": -1.0, "xla_tpu_enable_deduplicated_calls": True}
+
 
 def tpu_devices(topology: str) -> list[Any]:
     """The chips of a TPU slice, which need not be there: `v5e:4x4`, `v4:2x2x2`, `v5e:1x1`.
@@ -172,11 +176,6 @@ def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = N
     traced = drawing_program(model, placement).trace(branches, *arguments)
     useful = b * drawing_flops(about, len(solver.timesteps), branches).total()
     return Program(traced.lower(), mesh, "bfloat16", b, useful, padded_flops(traced.jaxpr))
-
-
-# XLA's least effort, and one code for equal layers: a fraction of the time and half of the memory,
-# for a program of the same operations that fuses and overlaps less.
-QUICK = {"exec_time_optimization_effort": -1.0, "xla_tpu_enable_deduplicated_calls": True}
 
 
 def report(program: Program, *, quick: bool = False) -> dict[str, Any]:

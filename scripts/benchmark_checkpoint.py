@@ -2,10 +2,10 @@
 
     python scripts/benchmark_checkpoint.py --config configs/pororo_visualization.py --folder DIR
 
-Saves the recipe's whole state, with random numbers for weights, from the mesh that training would
-have, and restores it. Training waits while the state is copied off the devices; meanwhile it is
-written to the disk of DIR, which should have done so before the next checkpoint. What is written is
-deleted. On a CPU it needs memory for the state twice.
+Saves the recipe's whole state, with random numbers for weights, from the mesh that training in one
+process would have, and restores it. Training waits while the state is copied off the devices;
+meanwhile it is written to the disk of DIR, which should have done so before the next checkpoint.
+What is written is deleted. On a CPU it needs memory for the state twice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROUNDS = 3  # the first has threads to start
 
 
 def random_array(like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Numbers that do not compress, on each device its share."""
+    """Numbers that do not compress, of a shape and dtype, on each device its share."""
 
     def share(index: tuple[slice, ...]) -> np.ndarray:
         shape = like.sharding.shard_shape(like.shape)
