@@ -18,6 +18,8 @@ def naming(path: Path) -> Iterator[None]:
     """Raise `UserError` with the path where a picture is missing or cannot be read."""
     try:
         yield
+    except UserError:  # names the path itself
+        raise
     except FileNotFoundError as error:
         raise UserError(f"there is no picture {path}") from error
     except UnidentifiedImageError as error:
