@@ -28,6 +28,8 @@ from contextualstory_jax.stories import (
     read_txt,
 )
 
+PRINTED_STORIES = 8  # whose paths are printed
+
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments; those that default to the checkpoint's own values are None."""
@@ -82,6 +84,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, metavar="N", help="stories at once; default: 8")
     latents = "float32 (stories, frames, h, w, c)"
     add("--initial-latents", type=Path, metavar="FILE.npy", help=f"start from these; {latents}")
+    add("--no-captions", action="store_true", help="no sentences in grid.png and story.gif")
     add("--save-latents", type=Path, metavar="FILE.npy", help=f"write the final ones; {latents}")
     return parser.parse_args(argv)
 
@@ -157,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for drawing in drawings:  # each batch is written before the next is drawn
             for pictures, text in zip(drawing.pictures, waiting, strict=False):
                 folder = arguments.out / folder_name(text.id)
-                write_story(folder, pictures, text.sentences, arguments.seed)
+                captions = not arguments.no_captions
+                write_story(folder, pictures, text.sentences, arguments.seed, captions)
                 bar.update()
             if arguments.save_latents:
                 latents.append(drawing.latents)
@@ -186,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "stories": [describe(text) for text in texts],
         },
     )
+    for text in texts[:PRINTED_STORIES]:
+        folder = arguments.out / folder_name(text.id)
+        print(f"{folder / 'grid.png'}  {folder / 'story.gif'}")
     print(f"{len(texts)} {'story' if len(texts) == 1 else 'stories'} in {arguments.out}")
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from contextualstory_jax.captions import viewable
 from contextualstory_jax.config import require
 from contextualstory_jax.errors import UserError
 
@@ -62,22 +63,30 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_story(
-    folder: Path, pictures: UInt8[np.ndarray, "f h w 3"], sentences: Sequence[str], seed: int
+    folder: Path,
+    pictures: UInt8[np.ndarray, "f h w 3"],
+    sentences: Sequence[str],
+    seed: int,
+    captions: bool = True,
 ) -> None:
-    """Write `frame_0.png` and so on, `grid.png` and `story.gif`; PNGs tell seed and sentence.
+    """Write `frame_0.png` and so on, `grid.png` and `story.gif`.
 
-    Raises `UserError` where the folder cannot be written.
+    PNGs hold seed and sentence as text. The grid and the animation show small frames enlarged,
+    and each frame's sentence under it if `captions`.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
-    images = [Image.fromarray(picture) for picture in pictures]
+    views = viewable(pictures, sentences if captions else None)
     with whole(folder) as temporary:
         temporary.mkdir()
         save_frames(temporary, pictures, sentences, seed)
-        grid = Image.fromarray(_grid(pictures))
+        grid = _side_by_side(views)
         grid.save(temporary / "grid.png", pnginfo=_text(seed, "\n".join(sentences)))
-        images[0].save(
+        views[0].save(
             temporary / "story.gif",
             save_all=True,
-            append_images=images[1:],
+            append_images=views[1:],
             duration=GIF_MILLISECONDS,
             loop=0,
         )
@@ -116,7 +125,9 @@ def _text(seed: int, sentence: str) -> PngInfo:
     return info
 
 
-def _grid(pictures: UInt8[np.ndarray, "f h w 3"]) -> UInt8[np.ndarray, "h _ 3"]:
-    """The frames side by side."""
-    framed = np.pad(pictures, ((0, 0), (0, 0), (0, GRID_GAP), (0, 0)), constant_values=255)
-    return np.concatenate(list(framed), axis=1)[:, :-GRID_GAP]
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    width = images[0].width + GRID_GAP
+    grid = Image.new("RGB", (len(images) * width - GRID_GAP, images[0].height), "white")
+    for column, image in enumerate(images):
+        grid.paste(image, (column * width, 0))
+    return grid

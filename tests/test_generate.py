@@ -99,6 +99,17 @@ def test_the_same_command_gives_the_same_bytes(drawn, tiny_checkpoint, tmp_path)
     assert files(tmp_path / "out") == files(drawn)
 
 
+def test_without_captions_the_grid_holds_the_frames_alone(drawn, tiny_checkpoint, tmp_path):
+    generate.main(
+        ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path), *SAID, "--seed", "3"]
+        + ["--no-captions"]
+    )
+
+    bare, captioned = (Image.open(out / "story" / "grid.png") for out in (tmp_path, drawn))
+    assert bare.height == 256 < captioned.height
+    np.testing.assert_array_equal(np.asarray(bare), np.asarray(captioned)[:256])
+
+
 def test_drawing_again_into_the_same_folder_replaces_the_story(drawn, tiny_checkpoint, tmp_path):
     for seed in ("1", "3"):
         generate.main(
@@ -141,7 +152,12 @@ def test_a_jsonl_file_gives_a_folder_a_story(tiny_checkpoint, tmp_path, capsys):
     assert told["settings"]["scheduler"] == "euler"
     for folder in ("s1_a", "b", "c"):
         assert {path.name for path in (tmp_path / "out" / folder).glob("frame_*")} == set(FRAMES)
-    assert capsys.readouterr().out == f"3 stories in {tmp_path / 'out'}\n"
+    *paths, last = capsys.readouterr().out.splitlines()
+    assert last == f"3 stories in {tmp_path / 'out'}"
+    assert paths == [
+        f"{tmp_path / 'out' / name / 'grid.png'}  {tmp_path / 'out' / name / 'story.gif'}"
+        for name in ("s1_a", "b", "c")
+    ]
 
 
 def test_a_continuation_model_goes_on_from_a_picture(tiny_continuation_checkpoint, tmp_path):

@@ -37,12 +37,15 @@ def test_a_story_is_frames_a_grid_and_an_animation(tmp_path):
             np.testing.assert_array_equal(np.asarray(image), picture)
             assert image.text == {"seed": "7", "sentence": SENTENCES[i]}
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (5 * 6 + 4 * GRID_GAP, 8)
-        np.testing.assert_array_equal(np.asarray(grid)[:, :6], pictures()[0])
-        np.testing.assert_array_equal(np.asarray(grid)[:, -6:], pictures()[-1])
+        assert grid.width == 5 * 32 * 6 + 4 * GRID_GAP
         assert grid.text["sentence"].split("\n") == list(SENTENCES)
+        pixels = np.asarray(grid)
+    for i, picture in enumerate(pictures()):  # enlarged 32 times, to 256 pixels
+        column = pixels[:256, i * (6 * 32 + GRID_GAP) :][:, : 6 * 32]
+        np.testing.assert_array_equal(column, picture.repeat(32, 0).repeat(32, 1))
     with Image.open(folder / "story.gif") as animation:
         assert animation.n_frames == 5
+        assert animation.size == (6 * 32, grid.height)
 
 
 def test_the_same_story_is_the_same_bytes(tmp_path):
