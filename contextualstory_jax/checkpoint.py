@@ -31,6 +31,7 @@ from jax.experimental.multihost_utils import process_allgather
 from contextualstory_jax.config import ModelConfig, build, require
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.orbax_checkpoints import Checkpoints, latest_step
+from contextualstory_jax.processes import by_first
 
 FORMAT = 1
 
@@ -216,20 +217,23 @@ def choose_weights(
 def write_storyflow(folder: Path, storyflow: Sequence[float]) -> int:
     """Give the newest checkpoint other mean scene changes, whole or not at all; returns its step.
 
-    All processes are to call it. Raises `UserError` where there is no checkpoint, and where it
-    cannot be written.
+    All processes call it, and the first writes. Raises `UserError` in all of them where there is no
+    checkpoint, and where it cannot be written.
     """
     step = latest_step(folder)
     if step is None:
         raise UserError(f"{folder} has no whole checkpoint yet; train it, or name another")
     with Checkpoints(folder) as checkpoints:
         meta = checkpoints.meta(step)
-    try:
-        if jax.process_index() == 0:
-            path = folder / "checkpoints" / str(step) / "meta" / "metadata"  # as orbax names it
+    path = folder / "checkpoints" / str(step) / "meta" / "metadata"  # as orbax names it
+
+    def write() -> None:
+        try:
             write_text(path, json.dumps({**meta, "storyflow": list(storyflow)}))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+    by_first(write)
     return step
 
 

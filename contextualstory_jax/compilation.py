@@ -11,9 +11,9 @@ import jax
 def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, so that a second start need not compile.
 
-    JAX_COMPILATION_CACHE_DIR, where set, says where instead.
+    A folder that JAX_COMPILATION_CACHE_DIR or `jax.config` names is left as it is set up.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if jax.config.jax_compilation_cache_dir is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "contextualstory_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

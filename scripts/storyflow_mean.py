@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.processes import add_arguments, connect, is_first, say
+from contextualstory_jax.processes import add_arguments, connect, say
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_compilation_cache()
     mean = storyflow_of_split(config, arguments.checkpoint)
     say("mean StoryFlow values: " + ", ".join(f"{value:.6g}" for value in mean))
-    if arguments.write and is_first():
+    if arguments.write:
         step = write_storyflow(arguments.checkpoint, mean)
-        print(f"stored in checkpoint {step} of {arguments.checkpoint}")
+        say(f"stored in checkpoint {step} of {arguments.checkpoint}")
 
 
 if __name__ == "__main__":

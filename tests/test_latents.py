@@ -464,3 +464,23 @@ def test_several_devices_and_processes_make_the_same_cache(
     for number in range(processes):
         mean = json.loads((tmp_path / f"out-{number}.json").read_text())
         np.testing.assert_allclose(mean, cache.storyflow, rtol=1e-5)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_store_one_storyflow_mean(recipe, cache, tmp_path, free_port):
+    values = json.dumps(dataclasses.asdict(recipe))
+    config, checkpoint = tmp_path / "config.py", tmp_path / "checkpoint"
+    config.write_text(f"import json\ndef get_config():\n    return json.loads({values!r})\n")
+    shutil.copytree(recipe.init_from, checkpoint)
+    command = [sys.executable, "scripts/storyflow_mean.py", "--config", str(config), "--write"]
+    command += ["--checkpoint", str(checkpoint), "--coordinator", f"127.0.0.1:{free_port}"]
+
+    running = [
+        subprocess.Popen([*command, "--processes", "2", "--process", str(number)], cwd=ROOT)
+        for number in range(2)
+    ]
+
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    with Checkpoints(checkpoint) as checkpoints:
+        stored = checkpoints.meta(0)["storyflow"]
+    np.testing.assert_allclose(stored, cache.storyflow, rtol=1e-5)

@@ -1,0 +1,45 @@
+"""Where compiled programs are kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHOW = """
+import jax
+{before}
+from contextualstory_jax.compilation import use_compilation_cache
+use_compilation_cache()
+print(jax.config.jax_compilation_cache_dir)
+print(jax.config.jax_persistent_cache_min_compile_time_secs)
+"""
+IN_CONFIG = "jax.config.update('jax_compilation_cache_dir', '/mine')"
+
+
+@pytest.mark.parametrize(
+    ("before", "variables", "expected"),
+    [
+        ("", {"XDG_CACHE_HOME": "/cache"}, ["/cache/contextualstory_jax/xla", "0.5"]),
+        ("", {"JAX_COMPILATION_CACHE_DIR": "/mine"}, ["/mine", "1.0"]),
+        (IN_CONFIG, {}, ["/mine", "1.0"]),
+    ],
+    ids=["default", "environment", "jax.config"],
+)
+def test_a_cache_that_the_user_set_up_is_left_alone(before, variables, expected):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOW.format(before=before)],
+        cwd=ROOT,
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert shown.stdout.splitlines() == expected
