@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ PRINTED_STORIES = 8  # whose paths are printed
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's arguments; those that default to the checkpoint's own values are None."""
+    about = "--about" in (sys.argv[1:] if argv is None else argv)  # which needs no story
     parser = ArgumentParser(
         prog="python -m contextualstory_jax.generate",
         description="Draw stories: OUT/ID/frame_0.png and so on, grid.png and story.gif of each, "
@@ -42,8 +44,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="DIR", help="default: the model that ships")
-    add("--out", type=Path, metavar="DIR", required=True, help="made where it is not there")
-    stories = parser.add_mutually_exclusive_group(required=True)
+    add("--about", action="store_true", help="print which sentences the model knows, and exit")
+    add("--out", type=Path, metavar="DIR", required=not about, help="made where it is not there")
+    stories = parser.add_mutually_exclusive_group(required=not about)
     stories.add_argument("--story", type=Path, metavar="FILE.txt", help="a sentence a line")
     stories.add_argument(
         "--stories",
@@ -117,6 +120,9 @@ def _add_frameinit(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for bad input, before anything is written."""
     arguments = parse(argv)
+    if arguments.about:
+        print_about(arguments.checkpoint)
+        return
     texts = read_stories(arguments)
     frameinit = read_frameinit(arguments)
     check_writable(arguments.out)
@@ -129,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_compilation_cache()
     checkpoint = arguments.checkpoint or SHIPPED
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
+    warn_of_unknown_words(checkpoint, texts)
     config = pipeline.model.config
     height = config.height if arguments.height is None else arguments.height
     width = config.width if arguments.width is None else arguments.width
@@ -194,6 +201,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = arguments.out / folder_name(text.id)
         print(f"{folder / 'grid.png'}  {folder / 'story.gif'}")
     print(f"{len(texts)} {'story' if len(texts) == 1 else 'stories'} in {arguments.out}")
+
+
+def print_about(checkpoint: Path | None) -> None:
+    """Print what the model in a checkpoint folder, by default the one that ships, understands.
+
+    Raises `UserError` where there is none.
+    """
+    from contextualstory_jax.about import about
+    from contextualstory_jax.checkpoint import read_model
+    from contextualstory_jax.pipeline import SHIPPED
+    from contextualstory_jax.vocabulary import read_vocabulary
+
+    folder = checkpoint or SHIPPED
+    print(about(read_model(folder), read_vocabulary(folder)))
+
+
+def warn_of_unknown_words(checkpoint: Path, texts: Sequence[StoryText]) -> None:
+    """Print a warning for each word that the checkpoint's training stories do not contain."""
+    from contextualstory_jax.vocabulary import read_vocabulary, warnings
+
+    vocabulary = read_vocabulary(checkpoint)
+    sentences = [sentence for text in texts for sentence in text.sentences]
+    for line in warnings(sentences, vocabulary) if vocabulary else ():
+        print("warning:", line, file=sys.stderr)
 
 
 def read_stories(arguments: argparse.Namespace) -> list[StoryText]:

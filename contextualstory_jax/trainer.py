@@ -67,6 +67,7 @@ from contextualstory_jax.state import (
     merge_parts,
 )
 from contextualstory_jax.tokenizer import Tokenizer
+from contextualstory_jax.vocabulary import vocabulary_of, write_vocabulary
 
 Step = Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, jax.Array]]]
 Flow = Callable[[TrainState], list[float]]  # the mean scene changes that sampling uses
@@ -105,6 +106,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
             require_same_weights(latents.cache, state.frozen)
         del params
         by_first(lambda: describe(config, state, workdir))
+        by_first(lambda: record_vocabulary(config, workdir))
         step = compile_step(model, config, placement, state, tokenizer, latents)
         step = compiled_together(step)
         data = device_batches(config, mesh, tokenizer, int(state.step), latents)
@@ -234,6 +236,12 @@ def describe(config: TrainConfig, state: TrainState, workdir: Path) -> None:
         }
         listed = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
         print(f"{title} parameters: {listed or 'none'}", flush=True)
+
+
+def record_vocabulary(config: TrainConfig, workdir: Path) -> None:
+    """Write the words of the training stories, of which `generate` warns where one is unknown."""
+    source = training_source(config.data, config.model.height)
+    write_vocabulary(workdir, vocabulary_of(config.data.name, source))
 
 
 def compile_step(

@@ -6,12 +6,14 @@ python scripts/ship_model.py WORKDIR OUT
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 
+from contextualstory_jax import vocabulary
 from contextualstory_jax.checkpoint import load_weights, read_model, write_weights
 from contextualstory_jax.cli import run
 from contextualstory_jax.model import StoryModel
@@ -29,6 +31,7 @@ def main() -> None:
     kept = {"step": meta["step"], "storyflow": meta["storyflow"]}
     tokenizer = arguments.workdir / "tokenizer"
     write_weights(arguments.out, config, tokenizer, {"ema_params": params}, kept)
+    shutil.copy(arguments.workdir / vocabulary.FILE, arguments.out)
     size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
     print(f"{arguments.out}: step {meta['step']}, {size / 2**20:.2f} MiB")
 

@@ -15,6 +15,7 @@ from PIL import Image
 import contextualstory_jax
 from contextualstory_jax import UserError, generate
 from contextualstory_jax.cli import run
+from contextualstory_jax.stories import StoryText
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
 SAID = ["--sentence", *SENTENCES]
@@ -324,6 +325,26 @@ def test_an_error_of_several_lines_is_printed_as_one(capsys):
         run(main)
 
     assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_about_needs_neither_stories_nor_a_place_to_write(tiny_checkpoint, capsys):
+    generate.main(["--about"])
+    generate.main(["--about", "--checkpoint", str(tiny_checkpoint)])
+
+    shipped, tiny = capsys.readouterr().out.split("A visualization model: ")[1:]
+    assert "otto  he   blue square" in shipped
+    assert "16 x 16 pixels.\nThe words of its training stories are not recorded." in tiny
+
+
+def test_words_that_a_model_was_not_trained_on_are_warned_of(tmp_path, capsys):
+    vocabulary = {"dataset": "folder", "names": [], "words": ["a", "cat", "sits"]}
+    (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary))
+
+    generate.warn_of_unknown_words(tmp_path, [StoryText(("A cat sits .", "A hat sits ."))])
+    generate.warn_of_unknown_words(tmp_path / "none", [StoryText(("A hat .",))])
+
+    expected = "warning: 'hat' is unknown to this model; closest known word: cat\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_help_comes_without_importing_jax():

@@ -16,12 +16,12 @@ ROOT = Path(contextualstory_jax.__file__).parent
 GROUND = {"recipe_config", "config", "errors"}
 LIBRARY = {
     "camera",
+    "captions",
     "models",
     "diffusion",
     "data",
     "metrics",
     "stories",
-    "output",
     "cli",
     "processes",
     "sharding",
@@ -30,6 +30,9 @@ LIBRARY = {
 }
 MIDDLE = {
     "pipeline",
+    "output",
+    "vocabulary",
+    "about",
     "drawing",
     "progress",
     "ahead",

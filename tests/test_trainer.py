@@ -103,6 +103,7 @@ def test_the_workdir_holds_all_of_the_run(whole, recipe, tiny_model_config):
         "metrics.jsonl",
         "model.json",
         "parameters.txt",
+        "vocabulary.json",
         "samples",
         "tensorboard",
         "tokenizer",

@@ -37,16 +37,17 @@ class Character(NamedTuple):
 
     pronoun: Literal["she", "he"]
     shape: Literal["circle", "square", "star", "triangle", "diamond", "cross"]
+    colour_name: str
     colour: tuple[int, int, int]  # RGB, 0-255
 
 
 CAST = {
-    "mia": Character("she", "circle", (222, 28, 44)),
-    "otto": Character("he", "square", (30, 94, 240)),
-    "zoe": Character("she", "star", (255, 232, 40)),
-    "emil": Character("he", "triangle", (250, 130, 14)),
-    "ida": Character("she", "diamond", (255, 112, 192)),
-    "hugo": Character("he", "cross", (114, 34, 190)),
+    "mia": Character("she", "circle", "red", (222, 28, 44)),
+    "otto": Character("he", "square", "blue", (30, 94, 240)),
+    "zoe": Character("she", "star", "yellow", (255, 232, 40)),
+    "emil": Character("he", "triangle", "orange", (250, 130, 14)),
+    "ida": Character("she", "diamond", "pink", (255, 112, 192)),
+    "hugo": Character("he", "cross", "purple", (114, 34, 190)),
 }
 SCENES = {
     "meadow": "in the meadow",
