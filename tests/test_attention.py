@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
 from contextualstory_jax.models import attention as models_attention
 from contextualstory_jax.models.attention import (
@@ -26,13 +27,8 @@ from contextualstory_jax.models.network import Network
 from contextualstory_jax.models.temporal import TemporalAttention
 
 FRAMES = 5
-# Heights and widths whose tiles are 4x4, 2x4 and 1x1.
-SIZES = [(4, 8), (2, 4), (3, 5)]
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+# Heights and widths of tiles of 4x4 and 2x4, and of 3x4 and 2x4 after padding 5 and 7 to 8.
+SIZES = [(4, 8), (2, 4), (3, 5), (6, 7)]
 
 
 def ring(y: int, x: int, height: int, width: int) -> list[tuple[int, int]]:
@@ -41,24 +37,26 @@ def ring(y: int, x: int, height: int, width: int) -> list[tuple[int, int]]:
     return [(np.clip(y + dy, 0, height - 1), np.clip(x + dx, 0, width - 1)) for dy, dx in steps]
 
 
+@jax.jit
 def gathered_attention(q, k, v, own_k, own_v):
     """SETA as the paper gives it: tokens gathered for each query. All are `b f h w n k`."""
     _, frames, height, width, _, dim = q.shape
-    out = np.zeros_like(q)
-    for i, y, x in np.ndindex(frames, height, width):
-        neighbours = ring(y, x, height, width)
-        seen_in = [j for j in range(frames) if j != i]  # not its own frame's
+    near = [[ring(y, x, height, width) for x in range(width)] for y in range(height)]
+    rows, columns = np.moveaxis(np.array(near), -1, 0)  # h w 8
 
-        def visible(own, others, y=y, x=x, seen_in=seen_in, neighbours=neighbours):
-            tokens = [own[:, j, y, x] for j in range(frames)]
-            tokens += [others[:, j, *p] for j in seen_in for p in neighbours]
-            return np.stack(tokens, axis=1)  # b s n k
+    def visible(own, others, i):
+        seen_in = np.array([j for j in range(frames) if j != i])  # not its own frame's
+        around = jnp.asarray(others)[:, seen_in][:, :, rows, columns]
+        around = rearrange(around, "b f h w s n k -> b h w (f s) n k")
+        return jnp.concatenate([rearrange(own, "b f h w n k -> b h w f n k"), around], axis=3)
 
-        keys, values = visible(own_k, k), visible(own_v, v)
-        logits = np.einsum("bnk,bsnk->bns", q[:, i, y, x], keys) / math.sqrt(dim)
-        out[:, i, y, x] = np.einsum("bns,bsnk->bnk", softmax(logits), values)
-        assert keys.shape[1] == 37
-    return out
+    out = []
+    for i in range(frames):
+        keys, values = visible(own_k, k, i), visible(own_v, v, i)
+        logits = jnp.einsum("bhwnk,bhwsnk->bhwns", q[:, i], keys) / math.sqrt(dim)
+        out.append(jnp.einsum("bhwns,bhwsnk->bhwnk", jax.nn.softmax(logits), values))
+        assert keys.shape[3] == 9 * frames - 8
+    return jnp.stack(out, axis=1)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -69,7 +67,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 def test_seta_sees_the_37_tokens_that_the_paper_gathers(height, width):
     q, k, v = 2 * random(3, 2, FRAMES, height, width, 2, 4)
 
-    out = seta_attention(*map(jnp.asarray, (q, k, v)))
+    out = jax.jit(seta_attention)(q, k, v)
 
     expected = gathered_attention(q, k, v, k, v)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
@@ -79,10 +77,38 @@ def test_seta_sees_the_37_tokens_that_the_paper_gathers(height, width):
 def test_seta_sees_the_own_position_by_keys_and_values_of_its_own(height, width):
     q, k, v, own_k, own_v = 2 * random(5, 2, FRAMES, height, width, 2, 4)
 
-    out = seta_attention(*map(jnp.asarray, (q, k, v)), (jnp.asarray(own_k), jnp.asarray(own_v)))
+    out = jax.jit(seta_attention)(q, k, v, (own_k, own_v))
 
     expected = gathered_attention(q, k, v, own_k, own_v)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width", "has_own"), [(5, 7, False), (6, 9, True)])
+def test_seta_s_gradient_is_that_of_the_gathered_tokens(height, width, has_own):
+    *arrays, weight = map(jnp.asarray, random(6, 1, 3, height, width, 2, 4))
+
+    def gradient(attend):
+        def total(q, k, v, own_k, own_v):
+            own = (own_k, own_v) if has_own else (k, v)
+            return jnp.sum(weight * attend(q, k, v, own))
+
+        return jax.jit(jax.grad(total, argnums=tuple(range(5 if has_own else 3))))(*arrays)
+
+    ours = gradient(lambda q, k, v, own: seta_attention(q, k, v, own if has_own else None))
+
+    gathered = gradient(lambda q, k, v, own: gathered_attention(q, k, v, *own))
+    for one, expected in zip(ours, gathered, strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_odd_side_takes_no_more_memory_than_full_tiles():
+    def memory(width):
+        x = jax.ShapeDtypeStruct((1, FRAMES, 16, width, 4, 16), jnp.float32)
+        compiled = jax.jit(seta_attention).lower(x, x, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Tiles of one pixel, which divide every side, would take three times as much.
+    assert memory(33) <= 1.1 * memory(36)
 
 
 @pytest.mark.parametrize("has_own", [False, True])

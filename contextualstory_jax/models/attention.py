@@ -3,7 +3,8 @@
 SETA projects keys and values once per pixel. Queries are then taken in tiles of up to 4x4 pixels,
 all frames together; the keys of a tile are the tile and a halo of one pixel, cut so that a border
 pixel repeats beyond the border (which counts a replicated neighbour as often as it occurs), and one
-constant mask serves all tiles. `scripts/benchmark_seta.py` compares this with other ways.
+constant mask serves all tiles. An odd side is padded to full tiles and the result cropped.
+`scripts/benchmark_seta.py` compares this with other ways.
 """
 
 from __future__ import annotations
@@ -91,6 +92,22 @@ def with_halo(x: Array, axis: int, tile: int) -> Array:
     return jnp.moveaxis(jnp.concatenate([before, tiles, after], axis=1), (0, 1), (axis, axis + 1))
 
 
+def seta_tile(side: int) -> int:
+    """Pixels along one side of a tile: 4 or 2 where that divides the side, else up to 4."""
+    return min(side, SETA_TILE) if side % 2 else math.gcd(side, SETA_TILE)
+
+
+def pad_to_tiles(x: Float[Array, "b f h w n k"]) -> Float[Array, "b f p q n k"]:
+    """Repeat the lower and the right border until both sides hold full tiles."""
+    height, width = x.shape[2:4]
+    rows, columns = (
+        np.minimum(np.arange(-(-side // seta_tile(side)) * seta_tile(side)), side - 1)
+        for side in (height, width)
+    )
+    # In one step for both sides: XLA keeps fewer copies for the gradient than with jnp.pad.
+    return x if x.shape[2:4] == (len(rows), len(columns)) else x[:, :, rows[:, None], columns]
+
+
 @functools.cache
 def seta_mask(frames: int, tile_h: int, tile_w: int, *, ring_only: bool) -> Bool[np.ndarray, "q s"]:
     """Which keys of a tile with its halo each query of the tile sees.
@@ -120,8 +137,10 @@ def seta_attention(
     "Spatially-Enhanced Temporal Attention".
     """
     _, frames, height, width, _, _ = q.shape
-    tile_h, tile_w = math.gcd(height, SETA_TILE), math.gcd(width, SETA_TILE)
+    tile_h, tile_w = seta_tile(height), seta_tile(width)
     tiles = {"th": tile_h, "tw": tile_w}
+    # What lies beyond a border is the border again: padding holds what the halo would.
+    q, k, v, own = jax.tree.map(pad_to_tiles, (q, k, v, own))
     halo = [with_halo(with_halo(x, 2, tile_h), 4, tile_w) for x in (k, v)]
     k, v = (rearrange(x, "b f h y w x n k -> (b h w) (f y x) n k") for x in halo)
     q = rearrange(q, "b f (h th) (w tw) n k -> (b h w) (f th tw) n k", **tiles)
@@ -145,13 +164,14 @@ def seta_attention(
             jnp.einsum("b n f p g, b g p n k -> b f p n k", same, own_v), "b f p n k -> b (f p) n k"
         )
         out = out + jnp.einsum("b n q s, b s n k -> b q n k", weights[..., frames:], v)
-    return rearrange(
+    out = rearrange(
         out,
         "(b h w) (f th tw) n k -> b f (h th) (w tw) n k",
-        h=height // tile_h,
-        w=width // tile_w,
+        h=-(-height // tile_h),
+        w=-(-width // tile_w),
         **tiles,
     )
+    return out[:, :, :height, :width]
 
 
 def rotate(
