@@ -115,7 +115,7 @@ def read_model(folder: Path) -> ModelConfig:
     require(
         (folder / "model.json").is_file(),
         f"{folder} is not a checkpoint folder: model.json is missing; "
-        "give a training workdir or what convert_weights.py wrote",
+        "give a training workdir or what `contextualstory-jax convert` wrote",
     )
     values = _model_values(folder)
     try:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import re
+import runpy
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -333,3 +334,7 @@ def staged(output: Path, size: int) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+if __name__ == "__main__":  # `python -m contextualstory_jax.convert` is the command too
+    runpy.run_module("contextualstory_jax.commands.convert", run_name="__main__")

@@ -16,7 +16,7 @@ from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.config import require
 from contextualstory_jax.processes import add_arguments, connect
 from contextualstory_jax.recipe_config import DataConfig
-from contextualstory_jax.recipes import load_recipe
+from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe
 
 if TYPE_CHECKING:
     from contextualstory_jax.pipeline import StoryPipeline
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 SHAPES_STORIES = 64  # of those there is no end
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, DataConfig]:
+def parse(
+    argv: Sequence[str] | None = None, prog: str | None = None
+) -> tuple[argparse.Namespace, DataConfig]:
     """The command's arguments, and the data to test on. Raises `UserError` for wrong ones."""
     parser = ArgumentParser(
-        prog="python -m contextualstory_jax.evaluate",
+        prog=prog,
         description="Draw stories of the test split: OUT/index.html shows them beside the "
         "originals, OUT/frames.jsonl lists the pictures. Of the embedded stories OUT/metrics.json "
         "says how right they are, with the originals as upper and the untrained model as lower "
@@ -36,8 +38,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, DataConfig]:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write")
     parser.add_argument(
         "--config",
-        metavar="FILE.py",
-        help="recipe whose data to test on, --config.data.key=value included",
+        metavar="CONFIG",
+        help=f"whose data to test on, --config.data.key=value included: {NAME_OR_FILE}",
     )
     parser.add_argument("--checkpoint", metavar="DIR", help="instead of the model that ships")
     parser.add_argument(
@@ -61,9 +63,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, DataConfig]:
     return arguments, data
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m contextualstory_jax.evaluate"
+) -> None:
     """Run the command. Raises `UserError` for bad input."""
-    arguments, data = parse(argv)
+    arguments, data = parse(argv, prog)
     connect(arguments)
 
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,3 +110,7 @@ def read_all(
     """Tensors with their values, of which few are in memory at a time."""
     for group in groups(tensors, [tensor.nbytes for tensor in tensors]):
         yield from zip(group, stored.read(group), strict=True)
+
+
+if __name__ == "__main__":  # `python -m contextualstory_jax.export` is the command too
+    runpy.run_module("contextualstory_jax.commands.export", run_name="__main__")

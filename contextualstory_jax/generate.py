@@ -32,11 +32,11 @@ from contextualstory_jax.stories import (
 PRINTED_STORIES = 8  # whose paths are printed
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The command's arguments; those that default to the checkpoint's own values are None."""
     about = "--about" in (sys.argv[1:] if argv is None else argv)  # which needs no story
     parser = ArgumentParser(
-        prog="python -m contextualstory_jax.generate",
+        prog=prog,
         description="Draw stories: OUT/ID/frame_0.png and so on, grid.png and story.gif of each, "
         "and OUT/stories.json, which says how. The same command draws the same pictures.",
         epilog="Where no default is given it is the checkpoint's own.",
@@ -117,9 +117,11 @@ def _add_frameinit(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m contextualstory_jax.generate"
+) -> None:
     """Run the command. Raises `UserError` for bad input, before anything is written."""
-    arguments = parse(argv)
+    arguments = parse(argv, prog)
     if arguments.about:
         print_about(arguments.checkpoint)
         return

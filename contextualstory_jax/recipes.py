@@ -1,4 +1,4 @@
-"""Reading a recipe: a Python file whose `get_config()` returns an `ml_collections.ConfigDict`."""
+"""Reading a config: a Python file whose `get_config()` returns an `ml_collections.ConfigDict`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import copy
 import runpy
 import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,39 @@ from contextualstory_jax.config import build, require
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.recipe_config import TrainConfig
 
+# An installed package holds its configs; in a checkout they lie beside the package.
+CONFIGS = Path(__file__).parent / "configs"
+if not CONFIGS.is_dir():
+    CONFIGS = CONFIGS.parents[1] / "configs"
+PUBLISHED = {file.stem: file for file in sorted(CONFIGS.glob("*.py"))}
+NAME_OR_FILE = f"a file, or one of {', '.join(PUBLISHED)}"  # for --help
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The recipe in a file, with overrides `key.key=value` applied.
 
-    A recipe may build on its neighbours: `from configs.shapes import get_config`. Raises
-    `UserError` where the file is missing or no recipe, a key is unknown, or a value is out of
-    range.
+def load_recipe(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A config of the package by its name, or one in a file, with overrides `key.key=value`.
+
+    A config may build on another beside it, or on one of the package:
+    `from configs.shapes import get_config`.
+
+    Raises:
+        UserError: There is no such config, a key is unknown, or a value is out of range.
     """
-    require(Path(path).is_file(), f"no recipe {path}; configs/ holds the recipes there are")
+    path = PUBLISHED.get(str(config), Path(config))
+    require(path.is_file(), f"no config {config}; --config takes {NAME_OR_FILE}")
     try:
-        with _importable(Path(path).resolve().parent.parent):
+        with _importable(path.resolve().parent):
             names = runpy.run_path(str(path))
-            require("get_config" in names, f"{path} is not a recipe: it has no get_config()")
-            config = names["get_config"]()
+            require("get_config" in names, f"{path} is not a config: it has no get_config()")
+            values = names["get_config"]()
     except UserError:
         raise
-    except Exception as error:  # a recipe is the user's own code
+    except Exception as error:  # a config is the user's own code
         raise UserError(f"{path} fails: {type(error).__name__}: {error}".splitlines()[0]) from error
     require(
-        isinstance(config, ConfigDict | Mapping),
-        f"{path} is not a recipe: its get_config() returns {type(config).__name__}, no ConfigDict",
+        isinstance(values, ConfigDict | Mapping),
+        f"{path} is not a config: its get_config() returns {type(values).__name__}, no ConfigDict",
     )
-    return train_config(config, overrides)
+    return train_config(values, overrides)
 
 
 def train_config(
@@ -66,12 +77,23 @@ def train_config(
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Let code import from a folder, whatever the working directory."""
-    sys.path.insert(0, str(folder))
+    """Let code import from where its folder lies, and the files in it and ours as `configs`."""
+    path, kept = list(sys.path), _remove_configs()
+    package = types.ModuleType("configs")
+    package.__path__ = [str(folder), str(folder.parent / "configs"), str(CONFIGS)]
+    sys.path.insert(0, str(folder.parent))
+    sys.modules["configs"] = package
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        sys.path[:] = path
+        _remove_configs()  # of another folder there may be others of the same names
+        sys.modules.update(kept)
+
+
+def _remove_configs() -> dict[str, types.ModuleType]:
+    names = [name for name in sys.modules if name.partition(".")[0] == "configs"]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def _value(text: str) -> Any:

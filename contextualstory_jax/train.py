@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.processes import add_arguments, connect
 from contextualstory_jax.recipe_config import TrainConfig
-from contextualstory_jax.recipes import load_recipe, train_config
+from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe, train_config
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -37,11 +37,13 @@ def train_and_evaluate(
     return trainer.train_and_evaluate(config, Path(workdir))
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    argv: Sequence[str] | None = None, prog: str | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """The command's arguments, and its overrides `key=value`."""
     parser = ArgumentParser(
-        prog="python -m contextualstory_jax.train",
-        usage="%(prog)s --config FILE.py --workdir DIR [--config.key=value ...]",
+        prog=prog,
+        usage="%(prog)s --config CONFIG --workdir DIR [--config.key=value ...]",
         description="Train a recipe. Starting again in the same workdir goes on from its last "
         "checkpoint.",
         epilog="--config.key=value overrides a value of the recipe, for example "
@@ -49,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", required=True, metavar="FILE.py", help="recipe, for example configs/shapes.py"
+        "--config", required=True, metavar="CONFIG", help=f"to train: {NAME_OR_FILE}"
     )
     parser.add_argument(
         "--workdir",
@@ -62,12 +64,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_with_overrides(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "python -m contextualstory_jax.train"
+) -> None:
     """Run the command; exits with status 1 where training diverges.
 
     Raises `UserError` for bad input, before anything is written.
     """
-    arguments, overrides = parse(argv)
+    arguments, overrides = parse(argv, prog)
     config = load_recipe(arguments.config, overrides)
     connect(arguments)
     from contextualstory_jax import trainer

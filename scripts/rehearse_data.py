@@ -51,15 +51,15 @@ def rehearse(dataset: str, folder: Path) -> Path:
         folder / name for name in ("shards", "start", "latents", "run", "evaluation")
     )
     python(
-        ROOT / "scripts" / "prepare_dataset.py",
-        *(dataset, "--source", folder / "published", "--out", shards, "--size", 16),
+        *("-m", "contextualstory_jax", "prepare", dataset),
+        *("--source", folder / "published", "--out", shards, "--size", 16),
         *("--tokenizer", ROOT / "contextualstory_jax" / "data" / "shapes_tokenizer"),
     )
     data = (f"--config.data.name={dataset}", f"--config.data.root={shards}")
     # Any codec and text tower will do, and both runs must have the same.
     python(*TRAIN, "--workdir", start, *data, "--config.steps=1")
     python(
-        ROOT / "scripts" / "cache_latents.py",
+        *("-m", "contextualstory_jax", "cache-latents"),
         *("--config", RECIPE, "--checkpoint", start, "--out", cache, *data),
     )
     training = (*TRAIN, "--workdir", workdir, *data)
@@ -69,7 +69,7 @@ def rehearse(dataset: str, folder: Path) -> Path:
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()]
     assert steps == list(range(1, STEPS + 1)), f"steps are missing or double: {steps}"
     python(
-        ROOT / "scripts" / "storyflow_mean.py",
+        *("-m", "contextualstory_jax", "storyflow-mean"),
         *("--config", RECIPE, "--checkpoint", workdir, "--write", *data),
     )
     python(

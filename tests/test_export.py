@@ -173,8 +173,8 @@ def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weights", "raw"], "--weights goes with --export"),
-        (["--export", "--revision", "main"], "--revision is of Hub ids"),
+        (["--weights", "raw"], "unrecognized arguments: --weights raw"),
+        (["--export", "--revision", "main"], "unrecognized arguments: --revision main"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )

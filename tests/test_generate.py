@@ -347,24 +347,6 @@ def test_words_that_a_model_was_not_trained_on_are_warned_of(tmp_path, capsys):
     assert capsys.readouterr().err == expected
 
 
-def test_help_comes_without_importing_jax():
-    script = """
-import sys
-from contextualstory_jax import generate
-try:
-    generate.main(["--help"])
-finally:
-    assert not {"jax", "flax", "orbax", "transformers"} & sys.modules.keys()
-"""
-
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
-    )
-
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "--initial-latents FILE.npy" in done.stdout
-
-
 def test_the_packages_names_are_there_and_no_others():
     assert contextualstory_jax.StoryPipeline.__name__ == "StoryPipeline"
     assert callable(contextualstory_jax.train_and_evaluate)

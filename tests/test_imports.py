@@ -70,6 +70,8 @@ MAY_IMPORT = {
     **{room: {room} | GROUND for room in LIBRARY},
     **{room: MIDDLE | LIBRARY | GROUND for room in MIDDLE},
     **{room: MIDDLE | LIBRARY | GROUND | {"__version__"} for room in COMMANDS},
+    "commands": {"commands"} | MIDDLE | LIBRARY | GROUND,
+    "__main__": {"cli", "errors", "__version__"},
     "__init__": MIDDLE | LIBRARY | GROUND | COMMANDS,
 }
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import pickle
-import runpy
 import shutil
 import socket
 import subprocess
@@ -20,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from contextualstory_jax import latents, recipes, trainer
+from contextualstory_jax import latents, trainer
+from contextualstory_jax.commands import storyflow_mean
 from contextualstory_jax.config import MeshConfig, ModelConfig, build
 from contextualstory_jax.data.latents import EncodedStories, LatentCache, tabulate
 from contextualstory_jax.data.loader import TOKENIZER_DIR
@@ -152,13 +152,12 @@ def test_the_storyflow_mean_is_the_same_without_a_cache_and_is_stored_where_draw
     recipe, cache, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(latents, "STORIES_AT_ONCE", 2)  # of three: the last batch is not full
-    monkeypatch.setattr(recipes, "load_recipe", lambda *_: recipe)
-    main = runpy.run_path(str(ROOT / "scripts" / "storyflow_mean.py"))["main"]
+    monkeypatch.setattr(storyflow_mean, "load_recipe", lambda *_: recipe)
     checkpoint = shutil.copytree(str(recipe.init_from), tmp_path / "checkpoint")
     before = StoryPipeline.load(checkpoint).storyflow
 
     def run(*more: str) -> str:
-        main(["--config", "a.py", "--checkpoint", str(checkpoint), *more])
+        storyflow_mean.main(["--config", "a.py", "--checkpoint", str(checkpoint), *more])
         return capsys.readouterr().out
 
     shown = run()
@@ -381,36 +380,6 @@ def test_a_disk_that_fills_up_is_named(recipe, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-WITHOUT_JAX = """
-import runpy, sys
-sys.modules["jax"] = None
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
-"""
-REQUIRED = "error: the following arguments are required: --ch"
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "status", "said"),
-    [
-        ("cache_latents", ["--help"], 0, "--checkpoint DIR --out DIR [--config.key=value ...]"),
-        ("cache_latents", ["--config", "a.py", "--out", "b"], 2, REQUIRED),
-        ("storyflow_mean", ["--help"], 0, "--checkpoint DIR [--write] [--config.key=value ...]"),
-        ("storyflow_mean", ["--config", "a.py"], 2, REQUIRED),
-    ],
-)
-def test_help_and_wrong_arguments_need_no_jax(script, arguments, status, said):
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_JAX, f"scripts/{script}.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-
-    assert result.returncode == status
-    assert said in result.stdout + result.stderr
-
-
 # -------------------------------------------------------------------------------- several devices
 
 PROCESS = """
@@ -472,7 +441,14 @@ def test_two_processes_store_one_storyflow_mean(recipe, cache, tmp_path, free_po
     config, checkpoint = tmp_path / "config.py", tmp_path / "checkpoint"
     config.write_text(f"import json\ndef get_config():\n    return json.loads({values!r})\n")
     shutil.copytree(recipe.init_from, checkpoint)
-    command = [sys.executable, "scripts/storyflow_mean.py", "--config", str(config), "--write"]
+    command = [
+        sys.executable,
+        "-m",
+        "contextualstory_jax.commands.storyflow_mean",
+        "--config",
+        str(config),
+        "--write",
+    ]
     command += ["--checkpoint", str(checkpoint), "--coordinator", f"127.0.0.1:{free_port}"]
 
     running = [

@@ -34,7 +34,7 @@ from tests.published_folders import (
 
 SIZE = 16
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "scripts/prepare_dataset.py"]
+COMMAND = [sys.executable, "-m", "contextualstory_jax", "prepare"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 

@@ -147,8 +147,6 @@ def test_a_recipe_is_read_from_any_working_directory(name, monkeypatch, tmp_path
     here = load_recipe(RECIPES[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() != ROOT])
-    for module in [m for m in sys.modules if m.partition(".")[0] == "configs"]:
-        monkeypatch.delitem(sys.modules, module)
     path = list(sys.path)
 
     there = load_recipe(RECIPES[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_an_override_that_does_not_fit_is_named(override, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1", r"recipe.py is not a recipe: it has no get_config\(\)"),
+        ("x = 1", r"recipe.py is not a config: it has no get_config\(\)"),
         ("def get_config(", "recipe.py fails: SyntaxError"),
         ("import no_such_module", "recipe.py fails: ModuleNotFoundError: .*no_such_module"),
         ("def get_config():\n  return {}['a']", "recipe.py fails: KeyError: 'a'"),
@@ -118,6 +119,28 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, source, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_published_config_is_known_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "shapes").write_text("a file of that name is ./shapes")
+    monkeypatch.chdir(tmp_path)
+
+    assert load_recipe("shapes") == load_recipe(SHAPES)
+
+
+def test_a_file_builds_on_one_beside_it_and_on_a_published_one(tmp_path):
+    for name, steps in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "base.py").write_text(f"STEPS = {steps}")
+        (tmp_path / name / "mine.py").write_text(
+            "from configs.base import STEPS\n"
+            "from configs.pororo_continuation import get_config as published\n"
+            "def get_config():\n  config = published()\n  config.steps = STEPS\n  return config\n"
+        )
+
+    published = load_recipe("pororo_continuation")
+    for name, steps in (("one", 1), ("two", 2)):
+        assert load_recipe(tmp_path / name / "mine.py") == replace(published, steps=steps)
+
+
 def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(UserError, match="no recipe .*lost.py; configs/ holds"):
+    with pytest.raises(UserError, match="no config .*lost.py; .*pororo_visualization, shapes$"):
         load_recipe(tmp_path / "lost.py")

@@ -250,7 +250,7 @@ def _about(folder: Path) -> dict[str, Any]:
     require(
         path.is_file(),
         f"{folder} holds no latent cache: {ABOUT} is missing; make one with "
-        "scripts/cache_latents.py",
+        "contextualstory-jax cache-latents",
     )
     try:
         about = json.loads(path.read_text(encoding="utf-8"))

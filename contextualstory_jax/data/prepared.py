@@ -1,6 +1,6 @@
 """Prepared datasets: the same stories as the published folder's, in shards that read fast.
 
-A prepared folder (`scripts/prepare_dataset.py`) holds two tensorflow-datasets datasets:
+A prepared folder (`contextualstory-jax prepare`) holds two tensorflow-datasets datasets:
 
 - `stories`: the splits; a story's frames say which rows of `pictures` are theirs;
 - `pictures`: every picture that a frame can show, once, at the size prepared for.

@@ -1,6 +1,6 @@
 """Check a dataset on disk, and write it in shards that training reads fast.
 
-    python scripts/prepare_dataset.py pororo --source pororo_png --out pororo_256
+    contextualstory-jax prepare pororo --source pororo_png --out pororo_256
 
 A run that was stopped goes on where it was when it is started again. Needs the extra [data].
 """
@@ -17,9 +17,9 @@ from contextualstory_jax.config import require
 from contextualstory_jax.recipe_config import DataConfig
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax prepare") -> None:
     """Run the command. Raises `UserError` for bad input, and for stories that are broken."""
-    arguments = parse(argv)
+    arguments = parse(argv, prog)
     from tqdm import tqdm
 
     from contextualstory_jax.data.preparation import prepare
@@ -55,9 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{arguments.out} is ready: train with --config.data.root={arguments.out}")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The command's arguments."""
     parser = ArgumentParser(
+        prog=prog,
         description="Check a dataset on disk and write it in shards that training reads fast.",
         epilog="Started again after it was stopped, it goes on.",
     )

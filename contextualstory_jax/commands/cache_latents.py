@@ -8,19 +8,23 @@ from pathlib import Path
 
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.processes import add_arguments, connect, say
+from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    argv: Sequence[str] | None = None, prog: str | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """The command's arguments, and its overrides `key=value`."""
     parser = ArgumentParser(
-        usage="%(prog)s --config FILE.py --checkpoint DIR --out DIR [--config.key=value ...]",
+        prog=prog,
+        usage="%(prog)s --config CONFIG --checkpoint DIR --out DIR [--config.key=value ...]",
         description="Keep what the codec and the text tower make of a recipe's training stories, "
         "and the mean of their StoryFlow values, so that training need not compute it at every "
-        "step: train --config FILE.py --config.data.latents=DIR",
+        "step: train --config CONFIG --config.data.latents=DIR",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py", help="the recipe that is to be trained")
+    add("--config", required=True, metavar="CONFIG", help=f"to be trained: {NAME_OR_FILE}")
     add(
         "--checkpoint",
         required=True,
@@ -34,13 +38,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_with_overrides(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "contextualstory-jax cache-latents"
+) -> None:
     """Run the command. Raises `UserError` for bad input; nothing is then left behind."""
-    arguments, overrides = parse(argv)
+    arguments, overrides = parse(argv, prog)
     # JAX takes seconds to import, and --help need not wait for it.
     from contextualstory_jax.compilation import use_compilation_cache
     from contextualstory_jax.latents import cache_latents
-    from contextualstory_jax.recipes import load_recipe
 
     config = load_recipe(arguments.config, overrides)
     connect(arguments)

@@ -8,33 +8,38 @@ from pathlib import Path
 
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.processes import add_arguments, connect, say
+from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    argv: Sequence[str] | None = None, prog: str | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """The command's arguments, and its overrides `key=value`."""
     parser = ArgumentParser(
-        usage="%(prog)s --config FILE.py --checkpoint DIR [--write] [--config.key=value ...]",
+        prog=prog,
+        usage="%(prog)s --config CONFIG --checkpoint DIR [--write] [--config.key=value ...]",
         description="The mean of the StoryFlow values of all of a recipe's training stories, in "
         "latents of a checkpoint's codec: what drawing uses. A training run stores that of the "
         "stories it has seen so far, or of all where it reads a latent cache.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py", help="the recipe whose stories to read")
+    add("--config", required=True, metavar="CONFIG", help=f"whose stories to read: {NAME_OR_FILE}")
     add("--checkpoint", required=True, type=Path, metavar="DIR", help="its folder, or a workdir")
     add("--write", action="store_true", help="store the mean in the newest checkpoint of DIR")
     add_arguments(parser)
     return parser.parse_with_overrides(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None, prog: str = "contextualstory-jax storyflow-mean"
+) -> None:
     """Run the command. Raises `UserError` for bad input."""
-    arguments, overrides = parse(argv)
+    arguments, overrides = parse(argv, prog)
     # JAX takes seconds to import, and --help need not wait for it.
     from contextualstory_jax.checkpoint import write_storyflow
     from contextualstory_jax.compilation import use_compilation_cache
     from contextualstory_jax.latents import storyflow_of_split
-    from contextualstory_jax.recipes import load_recipe
 
     config = load_recipe(arguments.config, overrides)
     connect(arguments)

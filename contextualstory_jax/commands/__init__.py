@@ -1,0 +1,1 @@
+"""Commands that are reached as subcommands of `contextualstory-jax` alone."""
