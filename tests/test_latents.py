@@ -441,14 +441,8 @@ def test_two_processes_store_one_storyflow_mean(recipe, cache, tmp_path, free_po
     config, checkpoint = tmp_path / "config.py", tmp_path / "checkpoint"
     config.write_text(f"import json\ndef get_config():\n    return json.loads({values!r})\n")
     shutil.copytree(recipe.init_from, checkpoint)
-    command = [
-        sys.executable,
-        "-m",
-        "contextualstory_jax.commands.storyflow_mean",
-        "--config",
-        str(config),
-        "--write",
-    ]
+    command = [sys.executable, "-m", "contextualstory_jax", "storyflow-mean", "--write"]
+    command += ["--config", str(config)]
     command += ["--checkpoint", str(checkpoint), "--coordinator", f"127.0.0.1:{free_port}"]
 
     running = [
