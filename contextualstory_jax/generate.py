@@ -17,7 +17,9 @@ from tqdm import tqdm
 from contextualstory_jax import __version__
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.config import CameraMotion, FrameInitConfig, SamplingConfig, require
+from contextualstory_jax.data.pictures import read_image
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.files import check_file
 from contextualstory_jax.output import check_writable, write_json, write_latents, write_story
 from contextualstory_jax.stories import (
     StoryText,
@@ -25,7 +27,6 @@ from contextualstory_jax.stories import (
     fit_picture,
     folder_name,
     read_jsonl,
-    read_picture,
     read_txt,
 )
 
@@ -144,7 +145,7 @@ def main(
     config.latent_size(height, width)  # refuses a size before pictures are brought to it
     stories = []
     for text in texts:
-        picture = text.first_frame and read_picture(text.first_frame)
+        picture = text.first_frame and np.asarray(read_image(text.first_frame))
         if picture is not None and arguments.camera_motion is None:
             picture = fit_picture(picture, height, width)
         stories.append(Story(text.sentences, text.id, picture))
@@ -269,9 +270,10 @@ def override(sampling: SamplingConfig, arguments: argparse.Namespace) -> Samplin
 
 def read_latents(path: Path) -> np.ndarray:
     """The array of a `.npy` file. Raises `UserError` where it is missing or none."""
+    check_file(path, "name another")
     try:
         latents = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # almost anything, for files that are broken
         raise UserError(f"{path} cannot be read as a .npy file of numbers; name another") from error
     require(isinstance(latents, np.ndarray), f"{path} holds several arrays; name a .npy file")
     return latents

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from contextualstory_jax.config import require
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.files import read_lines
 
 
 class StoryText(NamedTuple):
@@ -115,16 +116,8 @@ def _parse(line: str, where: str, folder: Path) -> StoryText:
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:
-    """The lines that are not blank, each with its place."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name a file of stories") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    # Not splitlines, which also splits at characters that a JSON string may hold.
-    numbered = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), start=1)]
-    lines = [(where, line) for where, line in numbered if line.strip()]
+    """The lines that are not blank, each with its place; at least one."""
+    lines = read_lines(path)
     require(len(lines) > 0, f"{path} is empty; write a story into it")
     return lines
 
@@ -132,21 +125,6 @@ def _lines(path: Path) -> list[tuple[str, str]]:
 def fit_picture(
     picture: UInt8[np.ndarray, "r s 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture cropped in the middle to the shape asked for and resized."""
+    """An image cropped in the middle to the shape asked for and resized."""
     size = (width, height)
     return np.asarray(ImageOps.fit(Image.fromarray(picture), size, Image.Resampling.BILINEAR))
-
-
-def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture as RGB, the right way up.
-
-    Raises `UserError` where it is missing or not a picture.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError as error:
-        raise UserError(f"no first frame {path}; name a picture") from error
-    # Decoders raise all of these for files that are broken.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"first frame {path} cannot be read as a picture; take another") from error

@@ -262,7 +262,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, a
     ("arguments", "message"),
     [
         (SAID[:5], "story 'story' has 4 sentences; this model draws 5"),
-        (SAID + ["--first-frame", "text.png"], "text.png cannot be read as a picture"),
+        (SAID + ["--first-frame", "text.png"], "text.png is not an image"),
         (SAID + ["--first-frame", "a.png"], "has a first frame, but .* leave it out"),
         (SAID + ["--height", "18"], "multiples of 4 for this model; got 18 x 16"),
         (SAID + ["--height", "0", "--first-frame", "a.png"], "got 0 x 16"),
@@ -273,7 +273,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, a
         (SAID + ["--frameinit", "gaussian"], "frameinit needs a first frame"),
         (SAID + ["--scheduler", "euler", "--eta", "0.5"], "eta = 0.5 is for scheduler ddim"),
         (SAID + ["--seed", "-1"], "seed must be in"),
-        (SAID + ["--initial-latents", "none.npy"], "none.npy cannot be read"),
+        (SAID + ["--initial-latents", "none.npy"], "cannot read none.npy"),
         (SAID + ["--initial-latents", "text.png"], "text.png cannot be read as a .npy file"),
         (SAID + ["--initial-latents", "pickled.npy"], "pickled.npy cannot be read"),
         (SAID + ["--initial-latents", "several.npz"], "several.npz holds several arrays"),

@@ -341,7 +341,7 @@ def broken_picture(recipe: TrainConfig, folder: Path) -> TrainConfig:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (broken_picture, ".npy cannot be read as a picture; fetch it again"),
+        (broken_picture, ".npy cannot be read as an image; replace it"),
         (lambda r, _: with_data(r, name="shapes", root=None), "'shapes' never runs out of stories"),
         (
             lambda r, _: with_model(r, vae=dataclasses.replace(r.model.vae, layers_per_block=2)),

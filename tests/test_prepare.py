@@ -444,10 +444,10 @@ def damage(out: Path, kind: str) -> str:
         return f"^the shard .*{last.name} is damaged; prepare the dataset anew$"
     if kind == "missing":
         last.unlink()
-        return f"^the shard .*{last.name} is missing; prepare the dataset anew$"
+        return f"^cannot read .*{last.name}: No such file.*; prepare the dataset again$"
     if kind == "no pictures":
         (pictures / "dataset_info.json").unlink()
-        return "^.*pictures is no prepared dataset; prepare it anew$"
+        return "^cannot read .*pictures/dataset_info.json: .*; prepare the dataset again$"
     (out / "stories" / "features.json").write_text("{")
     return "^.*stories is no prepared dataset; prepare it anew$"
 

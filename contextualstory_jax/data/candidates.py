@@ -10,7 +10,7 @@ from PIL import Image
 
 from contextualstory_jax.data.flintstones import FlintstonesSource
 from contextualstory_jax.data.index import StorySource
-from contextualstory_jax.data.pictures import naming, read_from_array, read_picture
+from contextualstory_jax.data.pictures import read_column, read_from_array, read_image
 from contextualstory_jax.data.pororo import PororoSource
 from contextualstory_jax.data.prepared import PreparedSource
 
@@ -22,21 +22,13 @@ def candidates(source: StorySource) -> Callable[[Path], list[Image.Image]]:
     if isinstance(source, FlintstonesSource):
         return read_array
     if isinstance(source, PororoSource) and source.captions == "original":
-        return read_strip
+        return read_column
     return read_one
 
 
 def read_one(path: Path) -> list[Image.Image]:
     """The picture in a file. Raises `UserError` where it is missing or broken."""
-    return [read_picture(path)]
-
-
-def read_strip(path: Path) -> list[Image.Image]:
-    """The squares of a column, as `read_from_strip` chooses among them; raises as it does."""
-    with naming(path), Image.open(path) as image:
-        whole, side = image.convert("RGB"), min(image.size)
-        tops = range(0, max(image.height // side, 1) * side, side)
-        return [whole.crop((0, top, side, top + side)) for top in tops]
+    return [read_image(path)]
 
 
 def read_array(path: Path) -> list[Image.Image]:

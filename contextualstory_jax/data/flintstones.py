@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FRAMES, FrameLabels
 from contextualstory_jax.data.index import (
     SPLITS,
@@ -38,7 +39,8 @@ from contextualstory_jax.data.index import (
 )
 from contextualstory_jax.data.pictures import read_from_array
 from contextualstory_jax.data.safe_pickle import load_pickle
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.errors import UserError, brief
+from contextualstory_jax.files import check_file, has_file
 
 CHARACTERS = ("Wilma", "Fred", "Betty", "Barney", "Dino", "Pebbles", "Mr Slate")  # as in labels.pkl
 CLIPS, ANNOTATIONS = "train-val-test_split.json", "flintstones_annotations_v1-0.json"
@@ -65,7 +67,7 @@ class FlintstonesSource(WindowSource):
         self.pictures = root / PICTURES
         shown = set(chain.from_iterable(self.windows))
         self._frames = _annotated(root / ANNOTATIONS, shown)
-        if (root / LABELS).exists():
+        if has_file(root / LABELS):
             _check_labels(root / LABELS, self._frames)
 
     def frame(self, frame_id: str) -> tuple[str, FrameLabels | None, Path]:
@@ -91,7 +93,7 @@ def _clips(path: Path) -> dict[str, list[str]]:
 
 def _windows(root: Path, clips: Mapping[str, list[str]]) -> dict[str, list[Window]]:
     """The windows that begin with a clip of each split, in the order of its clips."""
-    if (root / NEXT).exists():
+    if has_file(root / NEXT):
         following = load_pickle(root / NEXT)
         if not isinstance(following, dict):
             raise UserError(f"{root / NEXT} is no dictionary of clips; delete it or fetch it again")
@@ -110,7 +112,7 @@ def _windows(root: Path, clips: Mapping[str, list[str]]) -> dict[str, list[Windo
 
 def _ids(clips: Any, where: Path) -> list[str]:
     if not isinstance(clips, list | tuple) or not all(isinstance(clip, str) for clip in clips):
-        raise UserError(f"{where} has {clips!r:.80} where a list of clips belongs")
+        raise UserError(f"{where} has {brief(clips)} where a list of clips belongs")
     return [check_inside(clip, where) for clip in clips]
 
 
@@ -137,9 +139,14 @@ def _annotated(path: Path, shown: set[str]) -> dict[str, tuple[str, FrameLabels]
         for sample in _json(path):
             clip = sample["globalID"]
             if clip in shown:
+                setting = sample["setting"]
+                require(
+                    isinstance(setting, str),
+                    f"{path}: the setting of {clip} is {brief(setting)}, not text; fetch it again",
+                )
                 entities = {c["entityLabel"].strip().lower() for c in sample["characters"]}
                 characters = frozenset(c for c in CHARACTERS if c.lower() in entities)
-                labels = FrameLabels(characters, scene=sample["setting"])
+                labels = FrameLabels(characters, scene=setting)
                 found[clip] = (sample["description"].lower(), labels)
     except (TypeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -155,15 +162,16 @@ def _check_labels(path: Path, frames: Mapping[str, tuple[str, FrameLabels]]) -> 
     for clip, (_, annotated) in frames.items():
         expected = [int(character in annotated.characters) for character in CHARACTERS]
         label = labels.get(clip) if isinstance(labels, dict) else None
-        stated = list(label) if isinstance(label, list | tuple | np.ndarray) else label
-        if stated != expected:
+        stated = list(label) if isinstance(label, list | tuple | np.ndarray) else []
+        if not all(map(np.isscalar, stated)) or stated != expected:
             raise UserError(
-                f"{path} disagrees with {ANNOTATIONS}: {clip} has {label!r:.60} and should have "
+                f"{path} disagrees with {ANNOTATIONS}: {clip} has {brief(label)} and should have "
                 f"{expected}; delete it to have labels worked out"
             )
 
 
 def _json(path: Path) -> Any:
+    check_file(path, "fetch it again")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

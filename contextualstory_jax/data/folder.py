@@ -28,8 +28,9 @@ from contextualstory_jax.data.index import (
     require_files,
     require_stories,
 )
-from contextualstory_jax.data.pictures import read_picture
+from contextualstory_jax.data.pictures import read_image
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.files import read_lines
 
 STORIES = "stories.jsonl"
 FORM = (
@@ -62,23 +63,12 @@ class FolderSource(StorySource):
         return self.records[self._number(index)]
 
     def picture(self, path: Path, choice: int = 0) -> Image.Image:
-        return read_picture(path)
+        return read_image(path)
 
 
 def _read(path: Path) -> list[tuple[str, StoryRecord]]:
     """The stories of a file, each with its split."""
-    try:
-        # Not splitlines, which also splits at characters that a JSON string may hold.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    return [
-        _parse(line, f"{path}:{number}", path.parent)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    return [_parse(line, where, path.parent) for where, line in read_lines(path)]
 
 
 def _parse(line: str, where: str, folder: Path) -> tuple[str, StoryRecord]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,7 +172,7 @@ def require_stories(source: StorySource) -> None:
 
 def require_files(root: Path, dataset: str, names: Sequence[str]) -> None:
     """Raise `UserError`, saying what was looked for and found, unless all names are in a folder."""
-    found = [name for name in names if (root / name).exists()]
+    found = [name for name in names if os.path.exists(root / name)]
     require(
         len(found) == len(names),
         f"{root} is not a {dataset} folder: looked for {', '.join(names)}; "

@@ -40,9 +40,10 @@ from contextualstory_jax.data.index import (
     require_files,
     strict_windows,
 )
-from contextualstory_jax.data.pictures import read_from_strip, read_picture
+from contextualstory_jax.data.pictures import read_column, read_image
 from contextualstory_jax.data.safe_pickle import load_npy
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.errors import UserError, brief
+from contextualstory_jax.files import has_file
 
 CHARACTERS = (
     "Pororo",
@@ -92,14 +93,17 @@ class PororoSource(WindowSource):
         super().__init__(_windows(root / IDS, listed, policy), split, size, seed)
         shown = set(chain.from_iterable(self.windows))
         self._sentences = _sentences(root / DESCRIPTIONS[captions], shown)
-        self._labels = _labels(root / LABELS, shown) if (root / LABELS).exists() else {}
+        self._labels = _labels(root / LABELS, shown) if has_file(root / LABELS) else {}
 
     def frame(self, frame_id: str) -> tuple[str, FrameLabels | None, Path]:
         path = self.pictures / (frame_id + SUFFIX)
         return self._sentences[frame_id], self._labels.get(frame_id), path
 
     def picture(self, path: Path, choice: int = 0) -> Image.Image:
-        return read_picture(path) if self.captions == "blip2" else read_from_strip(path, choice)
+        if self.captions == "blip2":
+            return read_image(path)
+        images = read_column(path)
+        return images[choice % len(images)]
 
 
 def _windows(ids: Path, listed: list[Window], policy: Policy) -> dict[str, list[Window]]:
@@ -111,7 +115,7 @@ def _windows(ids: Path, listed: list[Window], policy: Policy) -> dict[str, list[
     )
     numbers: dict[str, np.ndarray] = {}
     for split, part in zip(SPLITS, parts, strict=True):
-        chosen = np.asarray(part)
+        chosen = _numbers(part)
         require(
             chosen.ndim == 1 and (chosen.dtype.kind in "iu" or len(chosen) == 0),
             f"{ids}: the {split} part is no list of numbers of stories",
@@ -131,9 +135,16 @@ def _windows(ids: Path, listed: list[Window], policy: Policy) -> dict[str, list[
     return strict_windows(windows, claims)
 
 
+def _numbers(part: Any) -> np.ndarray:
+    try:
+        return np.asarray(part)
+    except ValueError:  # lists of different lengths
+        return np.empty((0, 0))
+
+
 def _listed_windows(root: Path, pictures: Path) -> list[Window]:
     """All windows in the order that the splits count in."""
-    if not ((root / FIRST).exists() and (root / NEXT).exists()):
+    if not (has_file(root / FIRST) and has_file(root / NEXT)):
         return list(_computed_windows(root, pictures))
     first, following = load_npy(root / FIRST), load_npy(root / NEXT)
     require(
@@ -196,8 +207,10 @@ def _sentences(path: Path, shown: set[str]) -> dict[str, str]:
 def _labels(path: Path, shown: set[str]) -> dict[str, FrameLabels]:
     def named(label: Any) -> FrameLabels:
         bits = list(label) if isinstance(label, list | tuple | np.ndarray) else []
-        if len(bits) != len(CHARACTERS) or any(bit not in (0, 1) for bit in bits):
-            raise UserError(f"its label is not {len(CHARACTERS)} zeros and ones")
+        require(
+            len(bits) == len(CHARACTERS) and all(np.isscalar(b) and b in (0, 1) for b in bits),
+            f"its label is not {len(CHARACTERS)} zeros and ones",
+        )
         return FrameLabels(frozenset(c for c, bit in zip(CHARACTERS, bits, strict=True) if bit))
 
     return _of_frames(path, shown, named)
@@ -223,5 +236,5 @@ def _text(value: Any, where: Path) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if not isinstance(value, str):
-        raise UserError(f"{where} has {value!r:.60} where text belongs")
+        raise UserError(f"{where} has {brief(value)} where text belongs")
     return str(value)  # numpy's strings too

@@ -184,7 +184,7 @@ def _of_pictures(stories: list[StoryRecord], broken: dict[Path, str]) -> Iterato
     for number, story in enumerate(stories):
         for path in story.paths:
             if path in broken:
-                kind = "unreadable picture" if path.exists() else "missing picture"
+                kind = "unreadable picture" if os.path.exists(path) else "missing picture"
                 yield Finding(kind, number, broken[path])
 
 

@@ -11,6 +11,7 @@ How they are stored says `builders.py`; its `metadata.json` tells what they were
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -22,6 +23,7 @@ from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FrameLabels
 from contextualstory_jax.data.index import StoryRecord, StorySource, require_stories
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.files import check_file
 from contextualstory_jax.recipe_config import DataConfig
 
 STORIES, PICTURES = "stories", "pictures"  # folders, and of the latter the split
@@ -29,7 +31,7 @@ STORIES, PICTURES = "stories", "pictures"  # folders, and of the latter the spli
 
 def is_prepared(root: Path) -> bool:
     """Whether a folder holds a prepared dataset."""
-    return (root / STORIES / "dataset_info.json").exists()
+    return os.path.exists(root / STORIES / "dataset_info.json")
 
 
 def require_tfds() -> None:
@@ -165,15 +167,15 @@ def _open(folder: Path) -> Any:
     """The builder of a dataset whose shards are all there and as long as they were."""
     import tensorflow_datasets as tfds
 
+    for name in ("dataset_info.json", "features.json", "metadata.json"):
+        check_file(folder / name, "prepare the dataset again")
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # of many kinds, for files that are missing or damaged
         raise UserError(f"{folder} is no prepared dataset; prepare it anew") from error
     for split in builder.info.splits.values():
-        missing = [path for path in split.filepaths if not path.exists()]
-        require(
-            not missing, f"the shard {missing and missing[0]} is missing; prepare the dataset anew"
-        )
+        for path in split.filepaths:
+            check_file(Path(path), "prepare the dataset again")
         if sum(path.stat().length for path in split.filepaths) != split.num_bytes:
             lengths = zip(split.filepaths, split.shard_lengths, strict=True)
             cut = [path for path, length in lengths if _records(str(path)) != length]

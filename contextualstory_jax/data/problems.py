@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,5 +54,5 @@ def _picture_problem(source: StorySource, path: Path, index: int) -> Iterator[Fi
     try:
         source.picture(path)
     except UserError as error:
-        kind = "unreadable picture" if path.exists() else "missing picture"
+        kind = "unreadable picture" if os.path.exists(path) else "missing picture"
         yield Finding(kind, index, str(error))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.files import check_file
 
 KINDS = "?bBhHiIlLqQefdgFDGSUO"  # of dtype, that a pickle may have: numbers, strings, objects
 
@@ -56,6 +57,7 @@ def load_npy(path: Path) -> np.ndarray:
 
 
 def _reading(path: Path) -> BinaryIO:
+    check_file(path, "fetch it again")
     try:
         return path.open("rb")
     except OSError as error:

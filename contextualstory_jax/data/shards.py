@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from contextualstory_jax.data import pictures
 from contextualstory_jax.data.prepared import PICTURES, STORIES
 from contextualstory_jax.errors import UserError
 
@@ -36,10 +37,14 @@ DATASET = "dataset"  # in the folder of work: what gets its name at the end
 
 
 class _Note(NamedTuple):
-    """What a shard holds: the number of records of each file, and of broken ones what is wrong."""
+    """What a shard holds: the number of records of each file, and of broken ones what is wrong.
+
+    `remarks` are those of its process so far, which the first process logs.
+    """
 
     counts: list[int]
     broken: dict[str, str]
+    remarks: dict[str, str]
 
 
 def write_pictures(
@@ -67,6 +72,8 @@ def write_pictures(
         progress(done, total)
 
     ordered = [notes[number] for number in range(len(shards))]
+    for what, name in chain.from_iterable(note.remarks.items() for note in ordered):
+        pictures.remark(what, name)
     builder.write_info(folder, {PICTURES: [sum(note.counts) for note in ordered]})
     files = [path for shard in shards for path in shard.paths]
     counts = list(chain.from_iterable(note.counts for note in ordered))
@@ -98,7 +105,7 @@ def _run(tasks: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, _Not
     # Spawned, not forked, because ArrayRecord has threads.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(tasks)), mp_context=context, initializer=_end_with_parent
+        min(workers, len(tasks)), mp_context=context, initializer=_start_worker
     )
     try:
         futures = [pool.submit(_write_shard, *task) for task in tasks]
@@ -113,8 +120,9 @@ def _run(tasks: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, _Not
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, even by a kill, instead of waiting for tasks."""
+def _start_worker() -> None:
+    """Leave remarks to the parent, and end with it, even by a kill."""
+    pictures.logger.disabled = True
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -131,7 +139,7 @@ def _write_shard(
     """Write one shard of pictures, and then its note."""
     from contextualstory_jax.data.builders import picture_serializer
 
-    note, serialize = _Note([], {}), picture_serializer(features, shard.size)
+    note, serialize = _Note([], {}, pictures.remarks), picture_serializer(features, shard.size)
     with _writer(path) as write:
         for file in shard.paths:
             try:
