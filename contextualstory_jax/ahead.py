@@ -1,4 +1,4 @@
-"""What training or drawing takes on a TPU slice that is not there.
+"""What training or generation takes on a TPU slice that is not there.
 
 XLA compiles for a slice of which it knows the name alone, and refuses what does not fit a chip's
 memory.
@@ -21,11 +21,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from contextualstory_jax.config import require
 from contextualstory_jax.diffusion.guidance import num_branches
-from contextualstory_jax.diffusion.samplers import make_sampler
-from contextualstory_jax.drawing import Inputs, Scales, drawing_program
+from contextualstory_jax.diffusion.samplers import State, make_sampler, padded
+from contextualstory_jax.drawing import Inputs, Scales, generation_programs
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.flops import DEVICES, drawing_flops, peak_flops, training_step_flops
-from contextualstory_jax.hlo import collectives, memory_traffic
+from contextualstory_jax.hlo import Collective, collectives, memory_traffic
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.recipe_config import TrainConfig
@@ -93,15 +93,26 @@ def memory_limit(device: Any) -> int:
     return int(whole)
 
 
-class Program(NamedTuple):
-    """Training or drawing, for devices that are not there."""
+class Part(NamedTuple):
+    """A function to compile."""
 
-    lowered: jax.stages.Lowered
+    traced: jax.stages.Traced
+    steps: int = 1  # that its loop takes, where their number is an input
+
+
+class Program(NamedTuple):
+    """Training or generation, for devices that are not there."""
+
+    parts: dict[str, Part]  # that run one after the other
     mesh: Mesh
     dtype: str
     stories: int  # that it takes at once, on all devices
     useful_flops: int  # of all devices
-    padded_flops: int  # of all devices
+
+    @property
+    def padded_flops(self) -> int:
+        """Operations of matrix products in full tiles (`tiles.py`), of all devices."""
+        return sum(padded_flops(part.traced.jaxpr, part.steps) for part in self.parts.values())
 
 
 def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
@@ -129,8 +140,8 @@ def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
         batch = Encoded(moments, _array(mesh, BATCH, (b, f, tokens, width), model.dtype))
         null = np.zeros((tokens, width), model.dtype)
     traced = step_program(model, config, placement, state, null).trace(state, batch)
-    flops = training_step_flops(config).total(), padded_flops(traced.jaxpr)
-    return Program(traced.lower(), mesh, config.compute_dtype, b, *flops)
+    flops = training_step_flops(config).total()
+    return Program({"step": Part(traced)}, mesh, config.compute_dtype, b, flops)
 
 
 def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = None) -> Program:
@@ -165,28 +176,39 @@ def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = N
     )
     everywhere = PartitionSpec()
     solver = make_sampler(about.scheduler, sampling)
-    sampler = jax.tree.map(
-        lambda x: _array(mesh, everywhere, x.shape, x.dtype), jax.tree.map(jnp.asarray, solver)
-    )
+    steps = len(solver.timesteps)
     scales = Scales(*(_array(mesh, everywhere, (), jnp.float32) for _ in Scales._fields))
     null_ids = _array(mesh, everywhere, (tokens,), jnp.int32)
     motion = _array(mesh, everywhere, (f - 1,), jnp.float32)
+    number = _array(mesh, everywhere, (), jnp.int32)
     branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
-    arguments = params, inputs, null_ids, motion, sampler, scales, None
-    traced = drawing_program(model, placement).trace(branches, *arguments)
-    useful = b * drawing_flops(about, len(solver.timesteps), branches).total()
-    return Program(traced.lower(), mesh, "bfloat16", b, useful, padded_flops(traced.jaxpr))
+    programs = generation_programs(model, placement)
+    sigma = _array(mesh, everywhere, (), jnp.float32)
+    prepare = programs.prepare.trace(
+        branches, params, inputs, null_ids, motion, scales, sigma, None
+    )
+    given, latents = prepare.out_info
+    sampler = jax.tree.map(
+        lambda x: _array(mesh, everywhere, x.shape, x.dtype),
+        jax.tree.map(jnp.asarray, padded(solver)),
+    )
+    state = State(latents, (latents,) * solver.memory)
+    denoise = programs.steps.trace(branches, params, given, sampler, state, number, number)
+    decode = programs.decode.trace(params, given.clean_first, latents)
+    parts = {"prepare": Part(prepare), "steps": Part(denoise, steps), "decode": Part(decode)}
+    useful = b * drawing_flops(about, steps, branches).total()
+    return Program(parts, mesh, "bfloat16", b, useful)
 
 
 def report(program: Program, *, quick: bool = False) -> dict[str, Any]:
-    """Compile, and say what the program takes of each device; `fits`, whether it has that.
+    """Compile, and report what the program takes of each device; `fits`, whether it has that.
 
-    Operations are XLA's count, which passes over zero padding and takes a loop's body once, the
-    project's (`flops.py`), and those of matrix products in full tiles (`tiles.py`). The prediction
-    is the roofline: all operations of the larger of the first two, at the device's peak, or all
-    memory traffic, at its bandwidth, whichever takes longer, and no collective. With `quick` the
-    compiler takes its least effort: memory, traffic and collectives are another program's than
-    that which would run.
+    Memory is that of the part that takes most. Operations are XLA's count, which passes over zero
+    padding, the project's (`flops.py`), and those of matrix products in full tiles (`tiles.py`).
+    The prediction is the roofline: all operations of the larger of the first two, at the device's
+    peak, or all memory traffic, at its bandwidth, whichever takes longer, and no collective. With
+    `quick` the compiler takes its least effort: memory, traffic and collectives are another
+    program's than that which would run.
     """
     chips, device = program.mesh.size, program.mesh.devices.flat[0]
     useful = program.useful_flops // chips
@@ -201,7 +223,7 @@ def report(program: Program, *, quick: bool = False) -> dict[str, Any]:
     }
     began = time.monotonic()
     try:
-        compiled = program.lowered.compile(QUICK if quick else None)
+        used = total_use(program, QUICK if quick else None)
     except jax.errors.JaxRuntimeError as error:
         found = needed_memory(error)
         if found is None:
@@ -209,22 +231,51 @@ def report(program: Program, *, quick: bool = False) -> dict[str, Any]:
         values["compile_seconds"] = round(time.monotonic() - began, 1)
         return {"fits": False, "hbm_bytes_per_chip": {"total": found[0]}, **values}
     values["compile_seconds"] = round(time.monotonic() - began, 1)
-    memory = memory_use(compiled)
-    cost: Any = compiled.cost_analysis()
-    hlo, flops = compiled.as_text() or "", int(cost["flops"])
-    traffic = memory_traffic(hlo)
     values |= {
-        "flops_per_chip": flops,
-        "memory_traffic_per_chip": traffic,
-        "collectives": {kind: c._asdict() for kind, c in sorted(collectives(hlo).items())},
+        "flops_per_chip": used.flops,
+        "memory_traffic_per_chip": used.traffic,
+        "collectives": {kind: c._asdict() for kind, c in sorted(used.collectives.items())},
     }
     peak = peak_flops(device.device_kind, program.dtype)
     if peak:
-        seconds = max(max(flops, useful) / peak, traffic / DEVICES[device.device_kind].bandwidth)
+        bandwidth = DEVICES[device.device_kind].bandwidth
+        seconds = max(max(used.flops, useful) / peak, used.traffic / bandwidth)
         values["predicted_seconds"] = seconds
         values["predicted_stories_per_second"] = program.stories / seconds
-    fits = memory["total"] <= values["hbm_limit"]
-    return {"fits": fits, "hbm_bytes_per_chip": memory, **values}
+    fits = used.memory["total"] <= values["hbm_limit"]
+    return {"fits": fits, "hbm_bytes_per_chip": used.memory, **values}
+
+
+class Use(NamedTuple):
+    """What compiled programs take of one device."""
+
+    memory: dict[str, int]
+    flops: int
+    traffic: int  # bytes
+    collectives: dict[str, Collective]
+
+
+def total_use(program: Program, options: dict[str, Any] | None = None) -> Use:
+    """The use of all parts, compiled: the largest memory, and the sum of everything else."""
+    uses = []
+    for part in program.parts.values():
+        compiled = part.traced.lower().compile(options)
+        cost: Any = compiled.cost_analysis()
+        hlo = compiled.as_text() or ""
+        # XLA counts a loop of unknown length once, and all operations of that part are in it.
+        flops = part.steps * int(cost["flops"])
+        moved = memory_traffic(hlo, part.steps), collectives(hlo, part.steps)
+        uses.append(Use(memory_use(compiled), flops, *moved))
+    together: dict[str, Collective] = {}
+    for kind, c in (item for use in uses for item in use.collectives.items()):
+        before = together.get(kind, Collective(0, 0))
+        together[kind] = Collective(before.count + c.count, before.bytes + c.bytes)
+    return Use(
+        max((use.memory for use in uses), key=lambda memory: memory["total"]),
+        sum(use.flops for use in uses),
+        sum(use.traffic for use in uses),
+        together,
+    )
 
 
 def memory_use(compiled: jax.stages.Compiled) -> dict[str, int]:

@@ -1,8 +1,10 @@
-"""The program that draws a batch: sentences' token ids and noise in, pictures out.
+"""The programs that generate a batch: sentences' token ids and noise in, images out.
 
-Compiled once for a size of batch: text tower, contextualizer, keys and values, what all steps are
-told of time, first frame, every denoising step in one `lax.scan`, and the codec. Scales, eta,
-StoryFlow values and FrameInit's filter are its arguments, so that changing them compiles nothing.
+Three functions, each compiled once for a size of batch, run one after the other. `prepare` computes
+what no step changes: text encoder, contextualizer, keys and values, the first frame. `steps` takes
+the denoising steps from one number up to another, in a loop whose bounds are inputs. `decode` is
+the VAE. Scheduler tables, scales, eta, StoryFlow values and FrameInit's filter are arguments as
+well: changing them compiles nothing, and Python may read the latents between any two steps.
 """
 
 from __future__ import annotations
@@ -14,21 +16,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, Real, UInt8
 
 from contextualstory_jax.diffusion.frameinit import FrameInit, mix
 from contextualstory_jax.diffusion.guidance import guide
-from contextualstory_jax.diffusion.samplers import Sampler, denoise
+from contextualstory_jax.diffusion.samplers import (
+    Sampler,
+    State,
+    denoise,
+    initial_state,
+    padded,
+)
 from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.models.blocks import TextKeysValues
 from contextualstory_jax.processes import compiled_together
-from contextualstory_jax.sharding import Placement, batch_ways
+from contextualstory_jax.sharding import BATCH, Placement, batch_ways
 
 DECODED_AT_ONCE = 4  # stories on a device
 
 
 class Inputs(NamedTuple):
-    """What one batch is drawn from, on the device."""
+    """The inputs of one batch, on the device."""
 
     ids: Int[Array, "b f l"]
     noise: Float[Array, "b f p q c"]
@@ -45,6 +55,17 @@ class Scales(NamedTuple):
     rescale: Float[Array, ""]
 
 
+class Conditioning(NamedTuple):
+    """Everything that all steps of a batch share, weights aside."""
+
+    text: list[TextKeysValues]  # of all branches of guidance
+    clean_first: Float[Array, "b 1 p q c"] | None  # latents of the first frame
+    first_frame: Float[Array, "bn p q c"] | None  # the network's, of all branches where they differ
+    step_keys: Key[Array, " b"]
+    motion: Float[Array, " m"]  # StoryFlow values
+    scales: Scales
+
+
 def interleave(branches: Sequence[Float[Array, "b ..."]]) -> Float[Array, "bn ..."]:
     """One batch of several: all branches of the first story, then of the second.
 
@@ -53,18 +74,21 @@ def interleave(branches: Sequence[Float[Array, "b ..."]]) -> Float[Array, "bn ..
     return jnp.stack(branches, axis=1).reshape(-1, *branches[0].shape[1:])
 
 
-def draw_latents(
+def prepare(
     model: StoryModel,
     branches: int,
     params: Parts,
     inputs: Inputs,
     null_ids: Int[Array, " l"],
     motion: Float[Array, " m"],
-    sampler: Sampler,
     scales: Scales,
+    init_noise_sigma: Float[Array, ""],
     frameinit: FrameInit | None,
-) -> Float[Array, "b f p q c"]:
-    """Denoise one batch; `branches` is how many predictions guidance needs (`guidance.py`)."""
+) -> tuple[Conditioning, Float[Array, "b g p q c"]]:
+    """What the steps share, and the latents that they begin with.
+
+    Args: `branches`, the number of predictions that guidance needs (`guidance.py`).
+    """
     storyline = model.contextualize(params, model.encode_text(params, inputs.ids))
     text = model.text_keys_values(params, storyline)
     if branches > 1:
@@ -76,34 +100,45 @@ def draw_latents(
             return interleave([jnp.broadcast_to(null, own.shape)] * (branches - 1) + [own])
 
         text = jax.tree.map(all_branches, null, text)
-    # Of all steps at once; the first axis is theirs.
-    shifts = jax.vmap(lambda t: model.time_shifts(params, t[None], motion[None]))(
-        jnp.asarray(sampler.timesteps)
-    )
-    noise, first_latents, first_inputs = inputs.noise, None, None
+    latents = inputs.noise.astype(jnp.float32)
+    clean_first = first_frame = None
     if inputs.first_frame is not None:
         clip = model.encode_pictures(params, inputs.first_frame, inputs.frame_keys)
-        first_latents = clip[:, :1]
+        clean_first, first_frame = clip[:, :1], clip[:, 0]
         if frameinit is not None:
-            noise = mix(frameinit, clip, noise)
-        first_inputs = first_latents[:, 0]
+            latents = mix(frameinit, clip, latents)
         if branches == 3:
-            # With image guidance the first branch is given the initial noise for a first frame.
-            # Parity: as large as the solver's first latents are, also where that is not the
-            # network's scale.
-            scaled_noise = noise[:, 0] * sampler.init_noise_sigma
-            first_inputs = interleave([scaled_noise, first_inputs, first_inputs])
-        noise = noise[:, 1:]
+            # With image guidance the first branch has the initial noise for a first frame. Parity:
+            # as large as the solver's first latents, also where that is not the network's scale.
+            noisy = latents[:, 0] * init_noise_sigma
+            first_frame = interleave([noisy, first_frame, first_frame])
+        latents = latents[:, 1:]
+    shared = Conditioning(text, clean_first, first_frame, inputs.step_keys, motion, scales)
+    return shared, latents * init_noise_sigma
 
-    def predict(x: Array, shifts: Any) -> Array:
+
+def take_steps(
+    model: StoryModel,
+    branches: int,
+    params: Parts,
+    given: Conditioning,
+    sampler: Sampler,
+    state: State,
+    first: Int[Array, ""],
+    last: Int[Array, ""],
+) -> State:
+    """Denoise a batch by the steps from `first` up to, and without, `last`."""
+
+    def predict(x: Array, t: Array) -> Array:
+        # In the loop: a product over all steps at once would round with their number.
+        shifts = model.time_shifts(params, t[None], given.motion[None])
         # Branches that differ by their text alone share what comes before it.
-        given = interleave([x] * branches) if branches == 3 else x
-        prediction = model.predict(params, given, shifts, text, first_inputs)
+        each = interleave([x] * branches) if branches == 3 else x
+        prediction = model.predict(params, each, shifts, given.text, given.first_frame)
         prediction = prediction.reshape(-1, branches, *x.shape[1:]).swapaxes(0, 1)
-        return guide(prediction, scales.text, scales.image, scales.rescale)
+        return guide(prediction, *given.scales)
 
-    latents = denoise(sampler, predict, noise, inputs.step_keys, shifts)
-    return latents if first_latents is None else jnp.concatenate([first_latents, latents], axis=1)
+    return denoise(sampler, predict, state, given.step_keys, first, last)
 
 
 def decode(
@@ -123,20 +158,87 @@ def decode(
     return pictures.reshape(len(latents), *pictures.shape[2:])
 
 
-@functools.lru_cache(maxsize=1)  # training draws again and again, each time with other weights
-def shared_program(model: StoryModel, placement: Placement) -> Callable[..., tuple[Array, Array]]:
-    """`drawing_program`, for processes that draw together."""
-    return compiled_together(drawing_program(model, placement), static=1)
+AfterStep = Callable[[int, Array], tuple[Array, bool]]
 
 
-def drawing_program(model: StoryModel, placement: Placement) -> jax.stages.Wrapped:
-    """What draws a batch: pictures and latents of `draw_latents`'s arguments but the model."""
+class Programs(NamedTuple):
+    """The compiled functions that generate a batch, in order."""
 
-    def program(branches: int, params: Parts, *arguments: Any) -> tuple[Array, Array]:
-        params = placement.whole(params)
-        latents = draw_latents(model, branches, params, *arguments)
-        return decode(model, params, latents, batch_ways(placement.mesh)), latents
+    prepare: Callable[..., tuple[Conditioning, Array]]  # of `prepare`'s arguments but the model
+    steps: Callable[..., State]  # of `take_steps`'s, whose state is donated
+    decode: Callable[..., tuple[Array, Array]]  # images and all latents, of weights, first, others
 
-    # Pictures come back to every process.
-    everywhere = NamedSharding(placement.mesh, PartitionSpec())
-    return jax.jit(program, static_argnums=0, out_shardings=everywhere)
+
+def generation_programs(model: StoryModel, placement: Placement) -> Programs:
+    """The programs that generate batches on some devices, where the results come back to all."""
+    by_story: Any = NamedSharding(placement.mesh, BATCH)
+    everywhere: Any = NamedSharding(placement.mesh, PartitionSpec())
+    shared = Conditioning(by_story, by_story, by_story, by_story, everywhere, everywhere)
+
+    def prepare_batch(branches: int, params: Parts, *arguments: Any) -> tuple[Conditioning, Array]:
+        return prepare(model, branches, placement.whole(params), *arguments)
+
+    def denoise_batch(branches: int, params: Parts, *arguments: Any) -> State:
+        return take_steps(model, branches, placement.whole(params), *arguments)
+
+    def decode_batch(
+        params: Parts, clean_first: Array | None, latents: Array
+    ) -> tuple[Array, Array]:
+        if clean_first is not None:
+            latents = jnp.concatenate([clean_first, latents], axis=1)
+        ways = batch_ways(placement.mesh)
+        return decode(model, placement.whole(params), latents, ways), latents
+
+    # All weights stay on the device meanwhile, and memory analyses are to count them.
+    jit = functools.partial(jax.jit, keep_unused=True)
+    return Programs(
+        jit(prepare_batch, static_argnums=0, out_shardings=(shared, by_story)),
+        jit(denoise_batch, static_argnums=0, donate_argnums=4, out_shardings=by_story),
+        jit(decode_batch, out_shardings=everywhere),
+    )
+
+
+@functools.lru_cache(maxsize=1)  # training generates again and again, each time with other weights
+def shared_programs(model: StoryModel, placement: Placement) -> Programs:
+    """`generation_programs`, for processes that generate together."""
+    own = generation_programs(model, placement)
+    return Programs(
+        compiled_together(own.prepare, static=1),
+        compiled_together(own.steps, static=1),
+        compiled_together(own.decode),
+    )
+
+
+def generate(
+    programs: Programs,
+    branches: int,
+    params: Parts,
+    inputs: Inputs,
+    null_ids: Int[Array | np.ndarray, " l"],
+    motion: Float[Array | np.ndarray, " m"],
+    sampler: Sampler,
+    scales: Scales,
+    frameinit: FrameInit | None,
+    after_step: AfterStep | None = None,
+) -> tuple[Array, Array]:
+    """Images and latents of a batch.
+
+    Args: `after_step`, called with each step's number and latents, returns those to continue with
+    and whether to; without it, all steps are one call.
+    """
+    given, latents = programs.prepare(
+        branches, params, inputs, null_ids, motion, scales, sampler.init_noise_sigma, frameinit
+    )
+    state, tables, count = initial_state(sampler, latents), padded(sampler), len(sampler.timesteps)
+    at_once = 1 if after_step else count
+    for step in range(0, count, at_once):
+        bounds = np.int32(step), np.int32(step + at_once)
+        state = programs.steps(branches, params, given, tables, state, *bounds)
+        if after_step is not None:
+            latents, more = after_step(step, state.latents)
+            state = state._replace(latents=latents)
+            if not more:
+                break
+    clean_first = given.clean_first
+    del given  # so that its memory is free while images are decoded
+    return programs.decode(params, clean_first, state.latents)

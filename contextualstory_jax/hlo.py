@@ -1,6 +1,7 @@
 """What a compiled program does, read from its text: collectives, and traffic with memory.
 
-XLA's own counts take a loop's body once; here it counts as often as it runs, where XLA knows.
+XLA's own counts take a loop's body once; here it counts as often as it runs: as XLA knows or, where
+the number of steps is an input of the program, as `steps` says.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def computations(hlo: str) -> dict[str, Computation]:
     return found
 
 
-def loop_length(found: dict[str, Computation], loop: Instruction) -> int:
-    """How often a loop's body runs, or 1 where its length is not known.
+def loop_length(found: dict[str, Computation], loop: Instruction, steps: int) -> int:
+    """How often a loop's body runs, or `steps` where its length is not known.
 
     A TPU's program does not say it, but its condition compares a counter from 0 with a constant.
     """
@@ -78,25 +79,25 @@ def loop_length(found: dict[str, Computation], loop: Instruction) -> int:
         return int(known[1])
     condition = re.search(r"condition=%([\w.-]+)", loop.rest)
     if condition is None:
-        return 1
+        return steps
     instructions = found[condition[1]].instructions
     values = {i.name: i.operands[0] for i in instructions if i.operation == "constant"}
     compared = instructions[-1]
     if compared.operation != "compare" or "direction=LT" not in compared.rest:
-        return 1
+        return steps
     length = values.get(compared.operands[-1], "")
-    return int(length) if length.isdigit() else 1
+    return int(length) if length.isdigit() else steps
 
 
-def runs(found: dict[str, Computation], *, inside_fusions: bool) -> Counter[str]:
-    """How often each function runs; of a loop whose length XLA does not know, the body once."""
+def runs(found: dict[str, Computation], steps: int, *, inside_fusions: bool) -> Counter[str]:
+    """How often each function runs."""
     times: Counter[str] = Counter()
 
     def visit(name: str, count: int) -> None:
         times[name] += count
         for instruction in found[name].instructions:
             if instruction.operation == "while":
-                inner = count * loop_length(found, instruction)
+                inner = count * loop_length(found, instruction, steps)
             elif inside_fusions or instruction.operation in ("call", "conditional"):
                 inner = count
             else:
@@ -123,7 +124,7 @@ def array_bytes(type_: str, *, in_hbm: bool = False) -> int:
     return total
 
 
-def collectives(hlo: str) -> dict[str, Collective]:
+def collectives(hlo: str, steps: int = 1) -> dict[str, Collective]:
     """The collectives that one device takes part in, by kind, in a compiled program's text.
 
     Bytes are those of the whole array: of an all-gather's result, of a reduce-scatter's operand.
@@ -132,7 +133,7 @@ def collectives(hlo: str) -> dict[str, Collective]:
     that name.
     """
     found = computations(hlo)
-    times = runs(found, inside_fusions=True)
+    times = runs(found, steps, inside_fusions=True)
     sizes = {i.name: array_bytes(i.result) for c in found.values() for i in c.instructions}
     counted: dict[str, Collective] = {}
     channels = set()
@@ -155,14 +156,14 @@ def collectives(hlo: str) -> dict[str, Collective]:
     return counted
 
 
-def memory_traffic(hlo: str) -> int:
+def memory_traffic(hlo: str, steps: int = 1) -> int:
     """The bytes between one device and its memory, in a compiled program's text.
 
     Each instruction reads its operands and writes its result, and fusions are one instruction. Of
     a TPU, arrays that stay in its vector memory are left out.
     """
     found = computations(hlo)
-    times = runs(found, inside_fusions=False)
+    times = runs(found, steps, inside_fusions=False)
     total = 0
     for computation in found.values():
         if not times[computation.name]:

@@ -1,6 +1,6 @@
 """The Python API: sentences in, pictures out.
 
-One compiled program draws a batch (`drawing.py`); batches are rounded up to few sizes.
+Few compiled programs draw a batch (`drawing.py`); batches are rounded up to few sizes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ from contextualstory_jax.diffusion.frameinit import FrameInit, make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
-from contextualstory_jax.drawing import Inputs, Scales, drawing_program, shared_program
+from contextualstory_jax.drawing import (
+    AfterStep,
+    Inputs,
+    Scales,
+    generate,
+    generation_programs,
+    shared_programs,
+)
 from contextualstory_jax.model import Parts, StoryModel, clamp
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.tokenizer import Tokenizer
@@ -63,8 +70,17 @@ def story_key(seed: int, story_id: str) -> Key[Array, ""]:
     return key
 
 
+# Called after each step with the pipeline, the step's number and timestep, and `{"latents": ...}`,
+# channels last, in the solver's scale; returns those to replace, or None.
+StepCallback = Callable[["StoryPipeline", int, int | float, dict[str, Any]], dict[str, Any] | None]
+
+
 class StoryPipeline:
-    """A model with weights, ready to draw: `StoryPipeline.load(folder)(sentences, seed=0)`."""
+    """A model with weights, ready to draw: `StoryPipeline.load(folder)(sentences, seed=0)`.
+
+    A callback that sets `interrupt` ends the generation after its step: the latents are decoded as
+    they are, and later batches left out.
+    """
 
     def __init__(
         self,
@@ -85,7 +101,7 @@ class StoryPipeline:
         """
         self.model, self.tokenizer, self.step, self.weights = model, tokenizer, step, weights
         self.storyflow = np.asarray(storyflow, np.float32)
-        make_program = drawing_program if placement is None else shared_program
+        make_programs = generation_programs if placement is None else shared_programs
         placement = placement or Placement(make_mesh(MeshConfig(), jax.local_devices()))
         self.mesh = placement.mesh
         # Drawing only reads: weights are held once, in the dtype they are computed with.
@@ -93,7 +109,8 @@ class StoryPipeline:
             clamp(jax.tree.map(lambda p: jnp.asarray(p, model.dtype), params)),
             placement.shardings(params),
         )
-        self._program = make_program(model, placement)
+        self._programs = make_programs(model, placement)
+        self.interrupt = False
 
     @classmethod
     def load(
@@ -168,6 +185,7 @@ class StoryPipeline:
         initial_latents: np.ndarray | None = None,
         frameinit: FrameInitConfig | None = None,
         camera_motion: str | None = None,
+        callback_on_step_end: StepCallback | None = None,
     ) -> Iterator[Drawing]:
         """Draw stories in batches of one size, in order.
 
@@ -175,7 +193,8 @@ class StoryPipeline:
         `size`, height and width in pixels; `storyflow`, scene changes, the training mean by
         default; `initial_latents`, float32 (b, f, p, q, c), standard-normal-like values in place of
         the drawn ones; `frameinit`, in continuation, gives them low frequencies of the first frame;
-        `camera_motion`, of `config.CameraMotion`, moves over that, whose size is then free.
+        `camera_motion`, of `config.CameraMotion`, moves over that, whose size is then free;
+        `callback_on_step_end`, a `StepCallback`, changes no bit of the result by being called.
         Raises `UserError` for input that does not fit the model, before anything is drawn.
         """
         config = self.model.config
@@ -201,14 +220,20 @@ class StoryPipeline:
         ways = batch_ways(self.mesh)
         bucket = min(batch_size, 1 << (len(stories) - 1).bit_length())
         batch_size = -(-bucket // ways) * ways
+        self.interrupt = False
         for start in range(0, len(stories), batch_size):
             chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
             real = min(batch_size, len(stories) - start)
             inputs = self._inputs([stories[i] for i in chosen], seed, shape, camera_motion)
             if initial_latents is not None:
                 inputs = inputs._replace(noise=self._place(initial_latents[chosen]))
-            drawn = self._run(inputs, motion, sampler, sampling, mixing)
+            after_step = None
+            if callback_on_step_end is not None:
+                after_step = self._after_step(callback_on_step_end, sampler, real)
+            drawn = self._run(inputs, motion, sampler, sampling, mixing, after_step)
             yield Drawing(*(np.asarray(array)[:real] for array in drawn))
+            if self.interrupt:
+                return
 
     def _check(self, stories: Sequence[Story], size: tuple[int, int] | None) -> None:
         """Refuse stories that the model cannot draw, and first frames not of `size`, if any."""
@@ -296,6 +321,19 @@ class StoryPipeline:
         first_frames = jnp.stack(clips) if clips else None
         return jax.tree.map(self._place, Inputs(ids, noise, step_keys, frame_keys, first_frames))
 
+    def _after_step(self, callback: StepCallback, sampler: Sampler, real: int) -> AfterStep:
+        """The callback for a batch of which the first `real` stories are asked for."""
+
+        def after_step(step: int, latents: Array) -> tuple[Array, bool]:
+            shown = jnp.array(latents[:real], copy=True)  # the next step overwrites its own
+            given = callback(self, step, sampler.timesteps[step].item(), {"latents": shown})
+            replaced = (given or {}).get("latents", shown)
+            if replaced is not shown:
+                latents = self._place(_filled(replaced, shown.shape, len(latents)))
+            return latents, not self.interrupt
+
+        return after_step
+
     def _run(
         self,
         inputs: Inputs,
@@ -303,16 +341,24 @@ class StoryPipeline:
         sampler: Sampler,
         sampling: SamplingConfig,
         frameinit: FrameInit | None,
+        after_step: AfterStep | None,
     ) -> tuple[Array, Array]:
-        branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
-        null_ids = self.tokenizer([""])[0]
         scales = Scales(
             jnp.float32(sampling.guidance_scale),
             jnp.float32(sampling.image_guidance_scale),
             jnp.float32(sampling.guidance_rescale),
         )
-        return self._program(
-            branches, self.params, inputs, null_ids, motion, sampler, scales, frameinit
+        return generate(
+            self._programs,
+            num_branches(sampling.guidance_scale, sampling.image_guidance_scale),
+            self.params,
+            inputs,
+            self.tokenizer([""])[0],
+            motion,
+            sampler,
+            scales,
+            frameinit,
+            after_step,
         )
 
 
@@ -333,3 +379,13 @@ def _check_latents(latents: np.ndarray, shape: tuple[int, ...]) -> None:
         f"got {latents.dtype} of shape {latents.shape}",
     )
     require(bool(np.isfinite(latents).all()), "initial latents must be finite; draw them anew")
+
+
+def _filled(latents: Any, shape: tuple[int, ...], batch_size: int) -> Float32[Array, "b g p q c"]:
+    """Latents that a callback gave, the last repeated up to the size of the batch."""
+    require(
+        np.shape(latents) == shape and jnp.issubdtype(np.result_type(latents), jnp.floating),
+        f"callback_on_step_end must return latents of shape {shape}; got {np.shape(latents)}",
+    )
+    rows = np.minimum(np.arange(batch_size), len(latents) - 1)
+    return jnp.asarray(latents, jnp.float32)[rows]

@@ -14,10 +14,11 @@ import jax
 LANES, SUBLANES = 128, 8
 
 
-def padded_flops(program: Any) -> int:
+def padded_flops(program: Any, steps: int = 1) -> int:
     """Operations of all matrix products and convolutions of a jaxpr, in full tiles.
 
-    A loop's body counts as often as it runs; a multiply-add is two operations.
+    A loop's body counts as often as it runs, `steps` times where that is an input of the program; a
+    multiply-add is two operations.
     """
     total = 0
     for equation in getattr(program, "jaxpr", program).eqns:
@@ -25,8 +26,9 @@ def padded_flops(program: Any) -> int:
             total += _product(equation)
         elif equation.primitive.name == "conv_general_dilated":
             total += _convolution(equation)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(map(padded_flops, _inner(equation.params)))
+        loops = {"scan": equation.params.get("length"), "while": steps}
+        times = loops.get(equation.primitive.name, 1)
+        total += times * sum(padded_flops(inner, steps) for inner in _inner(equation.params))
     return total
 
 

@@ -10,11 +10,22 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from contextualstory_jax.ahead import drawing, needed_memory, tpu_devices, training
+from contextualstory_jax.ahead import (
+    Part,
+    Program,
+    drawing,
+    needed_memory,
+    total_use,
+    tpu_devices,
+    training,
+)
+from contextualstory_jax.config import MeshConfig
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.recipes import load_recipe
+from contextualstory_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "tests" / "tiny_recipe.py"
@@ -51,6 +62,27 @@ def test_a_mesh_that_is_not_of_the_devices_is_refused(compile_):
 
     with pytest.raises(UserError, match="does not make up the 1 devices"):
         compile_(config, jax.devices())
+
+
+def test_fifty_steps_are_fifty_times_the_body_of_the_loop():
+    def multiply(x):
+        return x @ x
+
+    def loop(x, last):
+        return jax.lax.fori_loop(0, last, lambda _, x: multiply(x), x)
+
+    x, product = jnp.ones((128, 128)), 2 * 128**3
+    once, steps = jax.jit(multiply).trace(x), jax.jit(loop).trace(x, 1)
+
+    def program(steps_taken: int) -> Program:
+        parts = {"prepare": Part(once), "steps": Part(steps, steps_taken)}
+        return Program(parts, make_mesh(MeshConfig(), jax.devices()[:1]), "float32", 1, 0)
+
+    uses = {n: total_use(program(n)) for n in (1, 2, 50)}
+    # The counter is two operations more.
+    assert uses[50].flops - uses[1].flops == pytest.approx(49 * product, rel=1e-5)
+    assert uses[50].traffic - uses[1].traffic == 49 * (uses[2].traffic - uses[1].traffic) > 0
+    assert program(50).padded_flops == 51 * product
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess:
@@ -130,21 +162,26 @@ def test_ways_of_seta_are_asked_of_a_compiler_for_a_slice_there_is():
 PROGRAM = """
 import json, math, sys
 import jax
-from contextualstory_jax.ahead import drawing, training
-from contextualstory_jax.hlo import collectives
+from contextualstory_jax.ahead import drawing, total_use, training
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.recipes import load_recipe
 from contextualstory_jax.sharding import Placement
+from contextualstory_jax.tiles import padded_flops
 
 config = load_recipe(sys.argv[1], ["batch_size=8"])
 shapes = StoryModel(config.model).shapes
 found = {"parameters": sum(p.size for p in jax.tree.leaves(shapes))}
 found["pictures"] = 8 * config.model.unet.n_frames * config.model.height * config.model.width * 3
 for name, axes in {"data": ["mesh.data=8"], "fsdp": ["mesh.data=1", "mesh.fsdp=8"]}.items():
-    config = load_recipe(sys.argv[1], ["batch_size=8", *axes])
+    config = load_recipe(sys.argv[1], ["batch_size=8", "model.sampling.steps=50", *axes])
     step, sampler = training(config, jax.devices()), drawing(config, jax.devices())
-    found[name] = collectives(step.lowered.compile().as_text())
-    found[name + " sampler"] = collectives(sampler.lowered.compile().as_text())
+    found["operations"] = {
+        part: [padded_flops(traced.jaxpr), padded_flops(traced.jaxpr, steps)]
+        for part, (traced, steps) in sampler.parts.items()
+    }
+    found["sampler operations"] = sampler.padded_flops
+    found[name] = total_use(step).collectives
+    found[name + " sampler"] = total_use(sampler).collectives
 placement = Placement(step.mesh).shardings(shapes)
 split = jax.tree.map(lambda p, s: p.size if any(s.spec) else 0, shapes, placement)
 found["split"] = sum(jax.tree.leaves(split))
@@ -184,6 +221,15 @@ def test_an_fsdp_step_gathers_parameters_and_scatters_gradients(eight_devices):
     assert found["all-gather"][1] == pytest.approx(4 * eight_devices["split"], rel=0.05)
     assert found["all-reduce"][1] == pytest.approx(4 * eight_devices["parameters"], rel=0.05)
     assert eight_devices["split"] > 0.95 * eight_devices["parameters"]
+
+
+@pytest.mark.multiprocess
+def test_generation_in_fifty_steps_runs_its_loop_fifty_times(eight_devices):
+    once, in_fifty = zip(*eight_devices["operations"].values(), strict=True)
+
+    prepare, step, decode = once
+    assert in_fifty == (prepare, 50 * step, decode)
+    assert eight_devices["sampler operations"] == sum(in_fifty) > 50 * prepare > 0
 
 
 @pytest.mark.multiprocess

@@ -15,7 +15,7 @@ from contextualstory_jax.config import NoiseConfig, SchedulerConfig
 from contextualstory_jax.diffusion.guidance import guide, num_branches
 from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, training_target
 from contextualstory_jax.diffusion.noise import story_noise
-from contextualstory_jax.diffusion.samplers import denoise, step_noise
+from contextualstory_jax.diffusion.samplers import padded, step_noise
 from contextualstory_jax.diffusion.schedules import (
     add_noise,
     noise_schedule,
@@ -26,6 +26,7 @@ from contextualstory_jax.diffusion.schedules import (
 )
 from contextualstory_jax.diffusion.solvers.ddim import ddim
 from contextualstory_jax.errors import UserError
+from tests.sampling import sample
 
 SPACINGS = ("leading", "trailing", "linspace")
 # Betas 0.1, 0.3, 0.5: alpha-bars 0.9, 0.63, 0.315.
@@ -324,7 +325,7 @@ def _draw_knowing(x0, sampler, tables, *, prediction_type):
             prediction_type
         ]
 
-    return denoise(sampler, predict, normal(1), jax.random.split(jax.random.key(2), 2))
+    return sample(sampler, predict, normal(1), jax.random.split(jax.random.key(2), 2))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -352,7 +353,7 @@ def test_without_set_alpha_to_one_the_noise_of_timestep_zero_is_left():
     def predict(x, t):
         return velocity(schedule, x0, noise, jnp.full(2, t))
 
-    x = denoise(ddim(scheduler, 5), predict, x, jax.random.split(jax.random.key(2), 2))
+    x = sample(ddim(scheduler, 5), predict, x, jax.random.split(jax.random.key(2), 2))
 
     expected = math.sqrt(1 - 0.00085) * x0 + math.sqrt(0.00085) * noise
     np.testing.assert_allclose(x, expected, atol=1e-5)
@@ -397,7 +398,7 @@ def test_a_story_is_drawn_alike_in_any_batch():
     sampler, noise = ddim(SchedulerConfig(), 10, eta=1.0), normal(1, (3, 5, 4, 4, 3))
 
     def draw(noise, keys):
-        return denoise(sampler, lambda x, t: 0.5 * x, noise, keys)
+        return sample(sampler, lambda x, t: 0.5 * x, noise, keys)
 
     together = draw(noise, keys)
     order = jnp.array([2, 0])
@@ -407,20 +408,24 @@ def test_a_story_is_drawn_alike_in_any_batch():
     )
 
 
-def test_one_compiled_loop_serves_every_schedule_of_as_many_steps():
+def test_one_compiled_loop_serves_every_schedule_and_number_of_steps():
     traces = []
 
     @jax.jit
-    def draw(sampler, noise, keys):
+    def compiled(sampler, steps, noise, keys):
         traces.append(None)
-        return denoise(sampler, lambda x, t: 0.1 * x, noise, keys)
+        return sample(sampler, lambda x, t: 0.1 * x, noise, keys, steps)
 
-    noise, keys = normal(0), jax.random.split(jax.random.key(0), 2)
-    draw(ddim(SchedulerConfig(), 10), noise, keys)
-    draw(ddim(config(timestep_spacing="trailing", rescale_betas_zero_snr=True), 10), noise, keys)
+    def draw(config: SchedulerConfig, steps: int, eta: float = 0.0) -> None:
+        keys = jax.random.split(jax.random.key(0), 2)
+        compiled(padded(ddim(config, steps, eta)), steps, normal(0), keys)
+
+    draw(SchedulerConfig(), 10)
+    draw(config(timestep_spacing="trailing", rescale_betas_zero_snr=True), 10)
+    draw(SchedulerConfig(), 50)
     assert len(traces) == 1
-    draw(ddim(SchedulerConfig(), 10, eta=0.5), noise, keys)
-    draw(ddim(SchedulerConfig(), 10, eta=1.0), noise, keys)
+    draw(SchedulerConfig(), 10, eta=0.5)
+    draw(SchedulerConfig(), 20, eta=1.0)
     assert len(traces) == 2
 
 
@@ -431,7 +436,7 @@ def test_the_network_computes_as_it_likes_and_latents_stay_float32():
         seen.append((x.dtype, t.dtype, t.shape))
         return x.astype(jnp.bfloat16)
 
-    x = denoise(
+    x = sample(
         ddim(SchedulerConfig(), 3), predict, normal(0), jax.random.split(jax.random.key(0), 2)
     )
 

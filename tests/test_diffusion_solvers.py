@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.config import SamplingConfig, SchedulerConfig
-from contextualstory_jax.diffusion.samplers import SOLVERS, Sampler, denoise, make_sampler
+from contextualstory_jax.diffusion.samplers import (
+    SOLVERS,
+    Sampler,
+    State,
+    denoise,
+    initial_state,
+    make_sampler,
+    padded,
+)
 from contextualstory_jax.diffusion.schedules import noise_schedule, noise_to_signal
 from contextualstory_jax.errors import UserError
+from tests.sampling import sample
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -33,7 +42,7 @@ def normal(seed: int) -> jax.Array:
 
 
 @jax.jit
-def draw(sampler, noise, mean, deviation, tables, kind):
+def draw(sampler, steps, noise, mean, deviation, tables, kind):
     def predict(x, t):
         signal, sigma = (jnp.interp(t, jnp.arange(len(table)), table) for table in tables)
         gain = signal * deviation**2 / (signal**2 * deviation**2 + sigma**2)
@@ -41,14 +50,15 @@ def draw(sampler, noise, mean, deviation, tables, kind):
         fresh = (x - signal * clean) / sigma
         return jnp.stack([fresh, clean, signal * fresh - sigma * clean])[kind]
 
-    return denoise(sampler, predict, noise, KEYS)
+    return sample(sampler, predict, noise, KEYS, steps)
 
 
 def draw_knowing(sampler, noise, mean, deviation, config: SchedulerConfig):
     schedule = noise_schedule(config)
     tables = np.float32([schedule.signal, schedule.sigma])
     kind = PREDICTION_TYPES.index(config.prediction_type)
-    return draw(sampler, noise, mean, deviation, tables, kind)
+    steps = len(sampler.timesteps)
+    return draw(padded(sampler), steps, noise, mean, deviation, tables, kind)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -136,16 +146,33 @@ def test_euler_ancestral_draws_from_the_distribution_by_fresh_noise():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_samplers_of_as_many_steps_share_one_compiled_loop(name):
+def test_padded_samplers_of_any_number_of_steps_share_one_compiled_loop(name):
     def compiled_for(spacing, prediction_type, steps):
         config = SchedulerConfig(timestep_spacing=spacing, prediction_type=prediction_type)
-        leaves, structure = jax.tree.flatten(solver(name, config, steps))
+        leaves, structure = jax.tree.flatten(padded(solver(name, config, steps)))
         return structure, [jax.typeof(jnp.asarray(leaf)) for leaf in leaves]
 
-    cases = itertools.product(SPACINGS, PREDICTION_TYPES)
-    first, *others = [compiled_for(*case, 7) for case in cases]
+    cases = itertools.product(SPACINGS, PREDICTION_TYPES, (4, 5, 7, 50, 998))
+    first, *others = [compiled_for(*case) for case in cases]
     assert all(other == first for other in others)
-    assert compiled_for("leading", "epsilon", 8) != first
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "ddim"])
+def test_neither_padding_nor_a_split_of_the_loop_changes_a_bit(name):
+    sampling = SamplingConfig(scheduler=name, steps=9, eta=0.5 * (name == "ddim"))
+    sampler, noise = make_sampler(SchedulerConfig(), sampling), normal(0)
+
+    @jax.jit
+    def steps(sampler: Sampler, state: State, first, last) -> State:
+        return denoise(sampler, lambda x, t: jnp.tanh(x + t / 500 - 1), state, KEYS, first, last)
+
+    count = len(sampler.timesteps)
+    expected = steps(sampler, initial_state(sampler, noise), 0, count).latents
+    for size in (count, 4, 1):
+        state = initial_state(sampler, noise)
+        for first in range(0, count, size):
+            state = steps(padded(sampler), state, first, min(first + size, count))
+        np.testing.assert_array_equal(state.latents, expected)
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -164,7 +191,7 @@ def test_coefficients_are_finite_at_every_number_of_steps(name, zero_snr):
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "pndm"])
 def test_one_step_takes_the_clean_latents_as_they_are(name):
     config = SchedulerConfig(timestep_spacing="trailing", prediction_type="sample")
-    x = denoise(solver(name, config, 1), lambda x, t: jnp.full_like(x, 0.7), normal(0), KEYS)
+    x = sample(solver(name, config, 1), lambda x, t: jnp.full_like(x, 0.7), normal(0), KEYS)
     np.testing.assert_allclose(x, 0.7, atol=1e-6)
 
 

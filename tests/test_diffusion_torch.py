@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.config import SamplingConfig, SchedulerConfig
-from contextualstory_jax.diffusion.samplers import SOLVERS, denoise, make_sampler, step_noise
+from contextualstory_jax.diffusion.samplers import SOLVERS, make_sampler, padded, step_noise
 from contextualstory_jax.diffusion.schedules import (
     add_noise,
     noise_schedule,
     sampling_timesteps,
     velocity,
 )
+from tests.sampling import sample
 
 pytestmark = pytest.mark.torch
 
@@ -102,8 +103,12 @@ def network(tanh, x, t):
 
 
 @jax.jit
+def compiled(sampler, steps, noise, keys):
+    return sample(sampler, partial(network, jnp.tanh), noise, keys, steps)
+
+
 def draw(sampler, noise, keys):
-    return denoise(sampler, partial(network, jnp.tanh), noise, keys)
+    return compiled(padded(sampler), len(sampler.timesteps), noise, keys)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])

@@ -1,4 +1,4 @@
-"""The program that draws: what guidance, FrameInit and decoding make of a model's predictions."""
+"""What guidance, FrameInit and decoding make of a model's predictions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from contextualstory_jax.config import FrameInitConfig, SamplingConfig
+from contextualstory_jax.config import FrameInitConfig
 from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
-from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
-from contextualstory_jax.drawing import Inputs, Scales, decode, draw_latents
+from contextualstory_jax.diffusion.samplers import Sampler, initial_state
+from contextualstory_jax.drawing import Inputs, Scales, decode, prepare, take_steps
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.spatial import per_branch
 
@@ -47,8 +47,19 @@ HANDING_ON = Sampler(
     timesteps=np.zeros(1, np.int32),
     coefficients=(),
     init_noise_sigma=3.0,
-    step=lambda x, prediction, coefficients, carry, noise: (prediction, carry),
+    step=lambda x, prediction, coefficients, memory, noise: (prediction, memory),
 )
+
+
+def hand_on(model, branches, inputs, null_ids, motion, scales, frameinit=None):
+    """The latents after that step, and those of the first frame before them."""
+    sigma, (first, last) = jnp.float32(HANDING_ON.init_noise_sigma), jnp.arange(2)
+    inputs = (inputs, null_ids, motion, scales, sigma, frameinit)
+    given, latents = prepare(model, branches, {}, *inputs)
+    state = initial_state(HANDING_ON, latents)
+    latents = take_steps(model, branches, {}, given, HANDING_ON, state, first, last).latents
+    frames = (given.clean_first, latents)
+    return np.concatenate([frame for frame in frames if frame is not None], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +77,7 @@ def test_guidance_joins_predictions_with_less_and_more_of_the_condition(
     scales = Scales(jnp.float32(2), jnp.float32(1.5), jnp.float32(0))
     model, null_ids = PlainModel(tiny_model_config), jnp.full(7, 7)
 
-    latents = draw_latents(
-        model, branches, {}, inputs, null_ids, jnp.full(4, 0.5), HANDING_ON, scales, None
-    )
+    latents = hand_on(model, branches, inputs, null_ids, jnp.full(4, 0.5), scales)
 
     # The null text has not read the others; the first frame of noise has the size of the latents.
     text, null_text = np.reshape([20.0, 40.0], (2, 1, 1, 1, 1)), 7.0
@@ -84,24 +93,6 @@ def test_guidance_joins_predictions_with_less_and_more_of_the_condition(
     np.testing.assert_allclose(latents, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_the_program_is_as_large_for_any_number_of_steps(tiny_model_config):
-    keys = jax.random.split(jax.random.key(0), 1)
-    inputs = Inputs(jnp.zeros((1, 5, 7), int), jnp.zeros((1, 5, 4, 4, 1)), keys, keys, None)
-    model, scales = PlainModel(tiny_model_config), Scales(*jnp.ones(3))
-
-    def operations(steps: int) -> int:
-        sampler = make_sampler(tiny_model_config.scheduler, SamplingConfig(steps=steps))
-        return str(
-            jax.make_jaxpr(
-                lambda sampler: draw_latents(
-                    model, 2, {}, inputs, jnp.zeros(7, int), jnp.zeros(4), sampler, scales, None
-                )
-            )(sampler)
-        ).count(" = ")
-
-    assert operations(2) == operations(50) > 20
-
-
 def test_frameinit_mixes_the_whole_clip_whose_first_view_is_the_first_frame(tiny_model_config):
     generator = np.random.default_rng(0)
     noise = jnp.asarray(generator.standard_normal((1, 5, 4, 4, 1), np.float32))
@@ -111,17 +102,8 @@ def test_frameinit_mixes_the_whole_clip_whose_first_view_is_the_first_frame(tiny
     scales = Scales(*jnp.zeros(3))
     way = make_frameinit(FrameInitConfig(level=300), tiny_model_config.scheduler, (5, 4, 4))
 
-    latents = draw_latents(
-        PlainModel(tiny_model_config),
-        1,
-        {},
-        inputs,
-        jnp.zeros(7, int),
-        jnp.zeros(4),
-        HANDING_ON,
-        scales,
-        way,
-    )
+    model = PlainModel(tiny_model_config)
+    latents = hand_on(model, 1, inputs, jnp.zeros(7, int), jnp.zeros(4), scales, way)
 
     seen = clip[:, :, ::4, ::4, :1]
     mixed = jax.jit(mix)(way, seen, noise)

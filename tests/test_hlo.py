@@ -92,10 +92,14 @@ def test_collectives_of_a_tpu_count_once():
     }
 
 
-def test_a_loop_of_unknown_length_counts_once():
+def test_a_loop_whose_length_is_an_input_counts_as_often_as_there_are_steps():
     endless = LOOP.replace("known_trip_count", "other")
 
     assert collectives(endless)["all-reduce"] == (1, 64)
+    assert collectives(endless, 50)["all-reduce"] == (50, 50 * 64)
+    assert collectives(LOOP, 50) == collectives(LOOP)
+    body = memory_traffic(endless, 2) - memory_traffic(endless, 1)
+    assert memory_traffic(endless, 50) == memory_traffic(endless, 1) + 49 * body
 
 
 def test_a_loop_on_a_tpu_runs_as_long_as_its_condition_says():

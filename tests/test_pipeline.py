@@ -140,12 +140,12 @@ def test_initial_latents_take_the_place_of_the_noise(pipeline):
 
 def test_scales_and_values_are_arguments_of_one_program(pipeline):
     pipeline(SENTENCES)
-    programs = pipeline._program._cache_size()
+    programs = pipeline._programs.steps._cache_size()
 
     strong = SamplingConfig(steps=2, guidance_scale=5.0, guidance_rescale=0.5)
     drawn = pipeline(SENTENCES, sampling=strong, storyflow=[1.0, 2.0, 3.0, 4.0], seed=8)
 
-    assert pipeline._program._cache_size() == programs
+    assert pipeline._programs.steps._cache_size() == programs
     assert levels_apart(drawn, pipeline(SENTENCES, seed=8)) > 1
 
 
@@ -200,9 +200,9 @@ def test_frameinit_gives_the_noise_low_frequencies_of_the_first_frame(continuati
     expected = continuation.draw([story], initial_latents=np.asarray(mixed)).pictures
     assert levels_apart(drawn, expected) <= 1
     assert levels_apart(drawn, plain.pictures) > 1
-    programs = continuation._program._cache_size()
+    programs = continuation._programs.prepare._cache_size()
     continuation.draw([story], frameinit=FrameInitConfig("gaussian", level=500))
-    assert continuation._program._cache_size() == programs
+    assert continuation._programs.prepare._cache_size() == programs
 
 
 def test_a_moving_camera_films_the_clip_that_frameinit_starts_from(continuation):

@@ -1,19 +1,22 @@
 """From noise to latents: solvers of the reverse process as data for one loop.
 
 A solver is a `Sampler`: the timesteps to visit, its coefficients for each (worked out beforehand in
-float64), and a step function that holds no state but the carry it is handed. `denoise` walks any of
-them in one `lax.scan`. Samplers are pytrees, so a compiled loop takes one as an argument and serves
-every schedule, eta and spacing with the same number of steps.
+float64), and a step function whose only state is the memory that it is handed. `denoise` takes any
+of them through a part of its steps, whose bounds are inputs. Samplers are pytrees, so a compiled
+loop takes a `padded` one as an argument and serves every schedule, eta, spacing and number of
+steps, and where the loop is split changes no bit of the result.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, Num
 
 from contextualstory_jax.config import SamplingConfig, SchedulerConfig
 from contextualstory_jax.diffusion.solvers.ddim import ddim
@@ -33,6 +36,14 @@ SOLVERS = {
     "lms": lms,
     "unipc": unipc,
 }
+CAPACITY = 1024  # evaluations; PNDM takes up to 9 more than its steps
+
+
+class State(NamedTuple):
+    """A solver between two steps."""
+
+    latents: Latents  # in the solver's scale
+    memory: tuple[Latents, ...]  # of earlier steps
 
 
 def make_sampler(config: SchedulerConfig, sampling: SamplingConfig) -> Sampler:
@@ -45,36 +56,46 @@ def make_sampler(config: SchedulerConfig, sampling: SamplingConfig) -> Sampler:
     return SOLVERS[sampling.scheduler](config, sampling.steps)
 
 
+def padded(sampler: Sampler) -> Sampler:
+    """The same solver with tables of one length, so that a program serves any number of steps."""
+    missing = -len(sampler.timesteps) % CAPACITY
+    timesteps, coefficients = jax.tree.map(
+        lambda table: np.pad(table, [(0, missing)] + [(0, 0)] * (table.ndim - 1)),
+        (sampler.timesteps, sampler.coefficients),
+    )
+    return dataclasses.replace(sampler, timesteps=timesteps, coefficients=coefficients)
+
+
+def initial_state(sampler: Sampler, latents: Latents) -> State:
+    """The state before the first step, of float32 noise of `init_noise_sigma`."""
+    return State(latents, tuple(jnp.zeros_like(latents) for _ in range(sampler.memory)))
+
+
 def denoise(
     sampler: Sampler,
-    predict: Callable[[Latents, Any], Latents],
-    noise: Latents,
+    predict: Callable[[Latents, Num[Array, ""]], Latents],
+    state: State,
     keys: Key[Array, "b"],
-    told: Any = None,
-) -> Latents:
-    """Turn standard-normal latents into clean ones, in float32.
+    first: int | Int[Array, ""],
+    last: int | Int[Array, ""],
+) -> State:
+    """Take the solver's steps from `first` up to, and without, `last`.
 
     `predict(x, t)` is the network with its conditions and guidance in it; `t` is one timestep for
-    all stories, whole or not, or that step's share of `told`, arrays that hold something for each
-    of `sampler.timesteps`. `keys`, one a story, seed the noise of stochastic solvers; they must not
-    be those that `noise` was drawn from, whose children JAX's `split` and `fold_in` share.
+    all stories, rounded or not. `keys`, one a story, seed the noise of stochastic solvers; they
+    must not be those that the first latents were sampled with, whose children JAX's `split` and
+    `fold_in` share.
     """
+    tables = jax.tree.map(jnp.asarray, (sampler.timesteps, sampler.coefficients))
 
-    def body(state, step):
-        x, carry = state
-        index, t, coefficients = step
+    def body(index: Int[Array, ""], state: State) -> State:
+        x, memory = state
+        t, coefficients = jax.tree.map(lambda table: table[index], tables)
         prediction = predict(sampler.scale_input(x, coefficients), t).astype(jnp.float32)
         fresh = step_noise(keys, index, x.shape[1:]) if sampler.stochastic else None
-        return sampler.step(x, prediction, coefficients, carry, fresh), None
+        return State(*sampler.step(x, prediction, coefficients, memory, fresh))
 
-    x = noise.astype(jnp.float32) * sampler.init_noise_sigma
-    steps = (
-        jnp.arange(len(sampler.timesteps)),
-        jnp.asarray(sampler.timesteps) if told is None else told,
-        sampler.coefficients,
-    )
-    (x, _), _ = jax.lax.scan(body, (x, sampler.init_carry(x, sampler.coefficients)), steps)
-    return x
+    return jax.lax.fori_loop(first, last, body, state)
 
 
 def step_noise(

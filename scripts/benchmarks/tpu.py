@@ -19,7 +19,7 @@ from contextualstory_jax.flops import DEVICES
 
 SCRIPT = Path(__file__).parents[1] / "compile_for_tpu.py"
 CHIPS = ("v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1")
-# Drawing in one step, because XLA counts a loop's body once; training on one story at a time.
+# Generation in one step, and training on one story at a time.
 PROGRAMS = {
     "sampler": ("--sampler", "--config.model.sampling.steps=1"),
     "training": ("--config.batch_size=1", "--config.accumulation_steps=1", "--config.remat=full"),

@@ -61,9 +61,9 @@ def ddim(config: SchedulerConfig, steps: int, eta: float = 0.0) -> Sampler:
 
 
 def _step(
-    x: Latents, prediction: Latents, c: DDIMCoefficients, carry: tuple[()], noise: Latents | None
+    x: Latents, prediction: Latents, c: DDIMCoefficients, memory: tuple[()], noise: Latents | None
 ) -> tuple[Latents, tuple[()]]:
     clean = jnp.clip(x * c.x0[0] + prediction * c.x0[1], -c.clip, c.clip)
     # Parity: the noise is not worked out again from the clipped latents.
     x_next = clean * c.signal_next + (x * c.noise[0] + prediction * c.noise[1]) * c.sigma_next
-    return (x_next if noise is None else x_next + noise * c.sigma_fresh), carry
+    return (x_next if noise is None else x_next + noise * c.sigma_fresh), memory

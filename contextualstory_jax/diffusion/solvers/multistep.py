@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from contextualstory_jax.diffusion.solvers.sampler import Latents, Pairs, Sampler, weighted, zeros
+from contextualstory_jax.diffusion.solvers.sampler import Latents, Pairs, Sampler, weighted
 
 
 class MultistepCoefficients(NamedTuple):
@@ -51,7 +51,7 @@ def multistep(
         coefficients=jax.tree.map(np.float32, coefficients),
         init_noise_sigma=init_noise_sigma,
         step=_step,
-        init_carry=_init_carry,
+        memory=weights.shape[1] - 1,
         scale_input=_scale_input,
         stochastic=fresh is not None,
     )
@@ -69,10 +69,6 @@ def _step(
         x_next = x_next + noise * c.fresh
     output = weighted(c.output, (x, prediction))
     return x_next, (output, *earlier)[: len(earlier)]
-
-
-def _init_carry(x: Latents, c: MultistepCoefficients) -> tuple[Latents, ...]:
-    return zeros(c.earlier.shape[-1], x)
 
 
 def _scale_input(x: Latents, c: MultistepCoefficients) -> Latents:

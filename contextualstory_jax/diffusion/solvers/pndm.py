@@ -19,7 +19,6 @@ from contextualstory_jax.diffusion.solvers.sampler import (
     Sampler,
     clean_and_noise,
     weighted,
-    zeros,
 )
 
 # Weights of outputs: of one step's four, in order; and of as many timesteps', latest first.
@@ -68,12 +67,14 @@ def pndm(config: SchedulerConfig, steps: int) -> Sampler:
             f"scheduler pndm needs at least 4 steps; got {steps}; take more, or another scheduler",
         )
         evaluations = _runge_kutta(timesteps, stride)
+    # As far back as a blend reaches at any number of steps.
+    outputs = 5 if config.skip_prk_steps else 13
     return Sampler(
         timesteps=np.array([e.timestep for e in evaluations], np.int32),
-        coefficients=_coefficients(config, evaluations),
+        coefficients=_coefficients(config, evaluations, outputs),
         init_noise_sigma=1.0,
         step=_step,
-        init_carry=_init_carry,
+        memory=outputs,  # the latents that the step starts from, and all outputs but the latest
     )
 
 
@@ -113,7 +114,9 @@ def _adams_bashforth(
     return evaluations
 
 
-def _coefficients(config: SchedulerConfig, evaluations: list[Evaluation]) -> PNDMCoefficients:
+def _coefficients(
+    config: SchedulerConfig, evaluations: list[Evaluation], k: int
+) -> PNDMCoefficients:
     table = noise_schedule(config).alphas_cumprod
     final = 1.0 if config.set_alpha_to_one else table[0]
     alpha = table[[e.start for e in evaluations]]
@@ -121,8 +124,7 @@ def _coefficients(config: SchedulerConfig, evaluations: list[Evaluation]) -> PND
     clean, noise = clean_and_noise(config.prediction_type, alpha)
     # Parity: outputs are blended as they are, and made clean latents and noise at the start.
     step = np.sqrt(alpha_next)[:, None] * clean + np.sqrt(1 - alpha_next)[:, None] * noise
-    memory = 1 + max(number - min(e.blend) for number, e in enumerate(evaluations))
-    outputs = np.zeros((len(evaluations), memory))
+    outputs = np.zeros((len(evaluations), k))
     for number, evaluation in enumerate(evaluations):
         for used, weight in evaluation.blend.items():
             outputs[number, number - used] = weight * step[number, 1]
@@ -137,14 +139,10 @@ def _step(
     x: Latents,
     prediction: Latents,
     c: PNDMCoefficients,
-    carry: tuple[Latents, tuple[Latents, ...]],
+    memory: tuple[Latents, ...],
     noise: None,
-) -> tuple[Latents, tuple[Latents, tuple[Latents, ...]]]:
-    start, earlier = carry
+) -> tuple[Latents, tuple[Latents, ...]]:
+    start, *earlier = memory
     start = jnp.where(c.from_x, x, start)
     outputs = (prediction, *earlier)
-    return start * c.start + weighted(c.outputs, outputs), (start, outputs[:-1])
-
-
-def _init_carry(x: Latents, c: PNDMCoefficients) -> tuple[Latents, tuple[Latents, ...]]:
-    return x, zeros(c.outputs.shape[-1] - 1, x)
+    return start * c.start + weighted(c.outputs, outputs), (start, *outputs[:-1])

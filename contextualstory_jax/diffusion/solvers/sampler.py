@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
@@ -19,20 +18,16 @@ def _same_input(x: Latents, coefficients: Any) -> Latents:
     return x
 
 
-def _no_carry(x: Latents, coefficients: Any) -> tuple[()]:
-    return ()
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """One solver at one number of steps.
 
-    `step(x, prediction, coefficients, carry, noise)` gives the next latents and carry;
-    `coefficients` is one entry of the field's leading axis t, and `noise` is standard normal, or
-    None unless `stochastic`. `init_carry(x, coefficients)`, given all of them, is the first carry
-    of a solver that remembers earlier steps; `scale_input(x, coefficients)` is what the network is
-    to see. The functions are module-level ones: a compiled loop is found again by their identity.
+    `step(x, prediction, coefficients, memory, noise)` gives the next latents and memory;
+    `coefficients` is one entry of the field's leading axis t, `memory` a tuple of as many latents
+    as the field says, zeros before the first step, and `noise` is standard normal, or None unless
+    `stochastic`. `scale_input(x, coefficients)` gives the network's input. The functions are
+    module-level ones: a compiled loop is found again by their identity.
     """
 
     # Any, because JAX rebuilds a pytree with placeholders for its arrays.
@@ -40,7 +35,7 @@ class Sampler:
     coefficients: Any  # a pytree of float32 arrays with leading axis t
     init_noise_sigma: Any  # Float[Array, ""]: the standard deviation of the first latents
     step: Callable = dataclasses.field(metadata={"static": True})
-    init_carry: Callable = dataclasses.field(default=_no_carry, metadata={"static": True})
+    memory: int = dataclasses.field(default=0, metadata={"static": True})
     scale_input: Callable = dataclasses.field(default=_same_input, metadata={"static": True})
     stochastic: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -49,11 +44,6 @@ def weighted(factors: Iterable[Float[Array, ""]], arrays: Iterable[Latents]) -> 
     """The sum of the arrays, each times its factor."""
     terms = [factor * array for factor, array in zip(factors, arrays, strict=True)]
     return sum(terms[1:], terms[0])
-
-
-def zeros(count: int, x: Latents) -> tuple[Latents, ...]:
-    """Memory of `count` latents, before anything is in it."""
-    return (jnp.zeros_like(x),) * count
 
 
 def clean_and_noise(prediction_type: str, alpha: Float64[np.ndarray, "t"]) -> tuple[Pairs, Pairs]:

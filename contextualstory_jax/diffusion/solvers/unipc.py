@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Float64
 
 from contextualstory_jax.config import SchedulerConfig
 from contextualstory_jax.diffusion.solvers.dpmpp import LogSNRSteps, log_snr_steps
-from contextualstory_jax.diffusion.solvers.sampler import Latents, Sampler, weighted, zeros
+from contextualstory_jax.diffusion.solvers.sampler import Latents, Sampler, weighted
 
 
 class UniPCCoefficients(NamedTuple):
@@ -40,7 +40,7 @@ def unipc(config: SchedulerConfig, steps: int) -> Sampler:
         coefficients=jax.tree.map(np.float32, coefficients),
         init_noise_sigma=1.0,
         step=_step,
-        init_carry=_init_carry,
+        memory=3,
     )
 
 
@@ -68,15 +68,11 @@ def _step(
     x: Latents,
     prediction: Latents,
     c: UniPCCoefficients,
-    carry: tuple[Latents, Latents, Latents],
+    memory: tuple[Latents, Latents, Latents],
     noise: None,
 ) -> tuple[Latents, tuple[Latents, Latents, Latents]]:
-    before, *earlier = carry
+    before, *earlier = memory
     clean = weighted(c.clean, (x, prediction))
     corrected = weighted(c.correct, (x, before, clean, *earlier))
     x_next = weighted(c.predict, (corrected, clean, earlier[0]))
     return x_next, (corrected, clean, earlier[0])
-
-
-def _init_carry(x: Latents, c: UniPCCoefficients) -> tuple[Latents, ...]:
-    return zeros(3, x)
