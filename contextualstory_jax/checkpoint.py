@@ -30,6 +30,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from contextualstory_jax.config import ModelConfig, build, require
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.interruption import removing
 from contextualstory_jax.orbax_checkpoints import Checkpoints, latest_step
 from contextualstory_jax.processes import by_first
 
@@ -39,8 +40,9 @@ FORMAT = 1
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with removing(temporary):
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def write_model(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from contextualstory_jax import interruption
 from contextualstory_jax.errors import UserError
 
 
@@ -30,9 +31,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a `UserError` becomes one line on stderr and exit status 2."""
-    try:
-        main()
-    except UserError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+    """Run a command's `main`.
+
+    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C, one line and 130.
+    """
+    with interruption.watching():
+        try:
+            main()
+        except UserError as error:
+            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+            sys.exit(2)

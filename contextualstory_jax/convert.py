@@ -28,6 +28,7 @@ from contextualstory_jax import released
 from contextualstory_jax.checkpoint import write_model
 from contextualstory_jax.config import ModelConfig, require
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.interruption import removing
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.released import collected
 from contextualstory_jax.streaming import stream_weights
@@ -319,21 +320,20 @@ def staged(output: Path, size: int) -> Iterator[Path]:
     try:
         if partial.exists():  # of a conversion that was killed
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        require(
-            size < free,
-            f"{output} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; "
-            "make room, or choose another disk",
-        )
-        yield partial
-        partial.replace(output)
+        with removing(partial):
+            partial.mkdir(parents=True)
+            free = shutil.disk_usage(partial).free
+            require(
+                size < free,
+                f"{output} needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; "
+                "make room, or choose another disk",
+            )
+            yield partial
+            partial.replace(output)
     except OSError as error:
         raise UserError(
             f"cannot write {output}: {error.strerror}; choose another folder or disk"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":  # `python -m contextualstory_jax.convert` is the command too

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from contextualstory_jax.config import require
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.shapes_reader import read_frames
+from contextualstory_jax.interruption import check
 from contextualstory_jax.metrics.characters import METRICS, CharacterMetrics, Outcome
 from contextualstory_jax.pipeline import Story, StoryPipeline
 
@@ -64,6 +65,7 @@ def evaluate(
             progress=progress,
         )
         results[name] = result(drawing.pictures)
+        check()
     return results
 
 

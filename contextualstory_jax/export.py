@@ -24,6 +24,7 @@ from contextualstory_jax.convert import (
     staged,
     target_dtype,
 )
+from contextualstory_jax.interruption import check
 from contextualstory_jax.streaming import StoredTensor, StoredWeights, groups
 from contextualstory_jax.tensor_files import write_safetensors
 from contextualstory_jax.weights import dead_tensors, to_torch, torch_key, torch_shape
@@ -109,6 +110,7 @@ def read_all(
 ) -> Iterator[tuple[StoredTensor, np.ndarray]]:
     """Tensors with their values, of which few are in memory at a time."""
     for group in groups(tensors, [tensor.nbytes for tensor in tensors]):
+        check()
         yield from zip(group, stored.read(group), strict=True)
 
 

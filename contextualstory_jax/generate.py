@@ -20,6 +20,7 @@ from contextualstory_jax.config import CameraMotion, FrameInitConfig, SamplingCo
 from contextualstory_jax.data.pictures import read_image
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.files import check_file
+from contextualstory_jax.interruption import check
 from contextualstory_jax.output import check_writable, write_json, write_latents, write_story
 from contextualstory_jax.stories import (
     StoryText,
@@ -175,6 +176,7 @@ def main(
                 bar.update()
             if arguments.save_latents:
                 latents.append(drawing.latents)
+            check()
     if arguments.save_latents:
         write_latents(arguments.save_latents, np.concatenate(latents))
     write_json(

@@ -24,6 +24,7 @@ from contextualstory_jax.data.index import StorySource
 from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.evaluation import outcomes
 from contextualstory_jax.gallery import Gallery, Told
+from contextualstory_jax.interruption import check
 from contextualstory_jax.metrics.characters import CharacterMetrics
 from contextualstory_jax.pipeline import Story, StoryPipeline
 
@@ -87,6 +88,7 @@ def draw_split(
                 writing.append(
                     pool.submit(gallery.write, story, example, named, seed=seed, given=given)
                 )
+            check()
         _finish(writing, progress)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("every story is drawn")
@@ -119,6 +121,7 @@ def measure_split(
     """What `CharacterMetrics.compute` says of each of `MEASURED`, from frame `given` on."""
     metrics = {name: CharacterMetrics() for name in MEASURED}
     for story in stories:
+        check()
         example = source[story.number]
         for name, word in MEASURED.items():
             metrics[name].update(outcomes(example, gallery.pictures(story, word), given))

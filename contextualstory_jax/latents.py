@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
+from contextualstory_jax import interruption
 from contextualstory_jax.checkpoint import (
     load_weights,
     read_model,
@@ -263,6 +264,7 @@ class Encoder:
             values = flows(*jax.device_put((numbers, *padded), self._sharded))
             total += np.asarray(values, np.float64)[: len(some)].sum(axis=0)
             bar.update(len(some))
+            interruption.check()
         bar.close()
         sums = process_allgather(total.astype(np.float32)).sum(axis=0)
         return (sums / count).tolist()
@@ -290,6 +292,7 @@ class Encoder:
         while chunk := list(islice(rows, size)):
             batch = np.stack(chunk + [chunk[-1]] * (size - len(chunk)))
             pending.append((encode(self.params, jax.device_put(batch, self._sharded)), len(chunk)))
+            interruption.check()
             if len(pending) > 1:
                 encoded, count = pending.pop(0)
                 yield from np.asarray(encoded)[:count]
@@ -367,17 +370,15 @@ def _shared_folder(out: Path) -> Iterator[Path]:
     """Give all processes one empty folder to write in, which then is given the name `out`."""
     work, first = out.with_name(f".{out.name}.partial"), jax.process_index() == 0
     try:
-        if first:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        sync_global_devices("the folder is there")
-        yield work
-        sync_global_devices("all is written")
-        if first:
-            work.replace(out)
-        sync_global_devices("the folder has its name")
+        with interruption.removing(work) if first else contextlib.nullcontext():
+            if first:
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True)
+            sync_global_devices("the folder is there")
+            yield work
+            sync_global_devices("all is written")
+            if first:
+                work.replace(out)
+            sync_global_devices("the folder has its name")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
-    finally:
-        if first:
-            shutil.rmtree(work, ignore_errors=True)

@@ -19,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from contextualstory_jax.config import require
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.interruption import removing
 
 ITEMS = ("params", "ema_params", "frozen", "progress", "dead")
 
@@ -46,6 +47,8 @@ class Checkpoints:
         keep_best: int = 0,
     ):
         self.folder = folder
+        self._saves = keep is not None
+        self._cleaning = contextlib.ExitStack()
         # By name, because a new manager does not know what an item it has not saved consists of.
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
@@ -57,7 +60,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             (folder / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
-                create=keep is not None,
+                create=self._saves,
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 best_fn=_loss if keep_best else None,
                 best_mode="min",
@@ -66,17 +69,25 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Checkpoints:
+        if self._saves and jax.process_index() == 0:
+            unfinished = "*.orbax-checkpoint-tmp*"
+            self._cleaning.enter_context(removing(self.folder / "checkpoints", unfinished))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            with self._writing():
-                self._manager.wait_until_finished()
+            self.wait()
         except UserError:
             if kind is None:  # else what ended the run is told, which may be this very error
                 raise
         finally:
             self._manager.close()
+            self._cleaning.close()
+
+    def wait(self) -> None:
+        """Wait until all is written. Raises `UserError` where it cannot be."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     @property
     def latest(self) -> int | None:

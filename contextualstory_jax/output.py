@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from contextualstory_jax.captions import viewable
 from contextualstory_jax.config import require
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.interruption import removing
 
 GIF_MILLISECONDS = 800  # a frame
 GRID_GAP = 2  # pixels of white between the frames of a grid
@@ -44,22 +44,17 @@ def whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if temporary.is_dir() and path.is_dir():
-            for file in temporary.iterdir():
-                file.replace(path / file.name)
-            temporary.rmdir()
-        else:
-            temporary.replace(path)
+        with removing(temporary):
+            yield temporary
+            if temporary.is_dir() and path.is_dir():
+                for file in temporary.iterdir():
+                    file.replace(path / file.name)
+            else:
+                temporary.replace(path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose another place"
         ) from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        elif temporary.is_file():
-            temporary.unlink()
 
 
 def write_story(

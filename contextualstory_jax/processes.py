@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from contextualstory_jax import interruption
 from contextualstory_jax.config import require
 from contextualstory_jax.errors import UserError
 
@@ -87,6 +88,7 @@ def connect(arguments: argparse.Namespace) -> None:
         raise UserError(f"processes could not meet ({reason}); waited for {where}") from error
     finally:
         watchdog.cancel()
+    interruption.check()  # from now on the processes stop together
 
 
 def _on_tpu() -> bool:
@@ -193,14 +195,16 @@ def compiled_together(function: Any, static: int = 0) -> Callable[..., Any]:
 
 
 class StopRequest:
-    """Whether SIGTERM asked the run to stop: a machine is to be taken away, as a rule.
+    """Whether the run is to stop: after SIGTERM, as a rule a machine is taken away, or Ctrl-C.
 
-    As a context manager it takes the signal over; `after(step)`, asked in every process after each
-    step, is true in all of them after the same one.
+    As a context manager it takes SIGTERM over; `after(step)`, asked in every process after each
+    step, is true in all of them after the same one. Where Ctrl-C was pressed in one process,
+    `interruption.requested` is then true in all.
     """
 
     def __init__(self) -> None:
         self._asked = False
+        self._passed_on = False
         self._previous: Any = None
 
     def __enter__(self) -> StopRequest:
@@ -217,8 +221,15 @@ class StopRequest:
         """Whether to stop after this step."""
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        self._asked = self._asked or reached_preemption_sync_point(step)
-        return self._asked
+        if not _connected():
+            return self._asked or interruption.requested()
+        if interruption.requested() and not self._passed_on:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX lets all processes stop after one step then
+            self._passed_on = True
+        stops = reached_preemption_sync_point(step)
+        if stops and str(True) in gather(str(interruption.requested())):
+            interruption.request()
+        return stops
 
     def _ask(self, *_: object) -> None:
         self._asked = True

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from contextualstory_jax.checkpoint import choose_weights, contents
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.interruption import check
 from contextualstory_jax.orbax_checkpoints import Checkpoints, reading
 from contextualstory_jax.tensor_files import Tensor
 
@@ -47,6 +48,7 @@ class _TensorHandler(ocp.type_handlers.NumpyHandler):
                     # Alone, because of several orbax leaves off waiting at the first that fails.
                     pending += await super().serialize([array], [infos[i]], [args[i]])
                 self._wrote(sum(array.nbytes for array in arrays))
+                check()
         _finish(pending)
         return []
 

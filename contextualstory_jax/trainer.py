@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from PIL import Image
 
+from contextualstory_jax import interruption
 from contextualstory_jax.checkpoint import contents, write_model, write_text
 from contextualstory_jax.compilation import use_compilation_cache
 from contextualstory_jax.config import dotted, require
@@ -43,6 +44,7 @@ from contextualstory_jax.latents import open_latents, require_same_weights
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.orbax_checkpoints import Checkpoints, Damaged, latest_step
+from contextualstory_jax.output import whole
 from contextualstory_jax.pipeline import Story, StoryPipeline
 from contextualstory_jax.processes import (
     StopRequest,
@@ -360,9 +362,8 @@ def draw_samples(
         for frames in (story.images, drawn)
     ]
     picture = np.concatenate(rows)
-    folder = workdir / "samples"
-    folder.mkdir(exist_ok=True)
-    Image.fromarray(picture).save(folder / f"step_{step:07d}.png")
+    with whole(workdir / "samples" / f"step_{step:07d}.png") as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
     writer.picture(step, "samples", picture)
 
 
@@ -395,7 +396,7 @@ class Run:
 def loop(
     state: TrainState, train_step: Step, data: Iterator[Batch | Encoded], run: Run
 ) -> TrainState:
-    """Step until the recipe's end, or SIGTERM; log, save, draw and profile on the way."""
+    """Step until the recipe's end, SIGTERM or Ctrl-C; log, save, draw and profile on the way."""
     config, first = run.config, int(state.step)
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     data = WaitMeter(data)
@@ -409,8 +410,8 @@ def loop(
             unchecked.append((number, values))
             progress.add(number, values)
             profile.after(number, values)
-            preempted = run.stop.after(number)
-            last = preempted or number == config.steps or progress.out_of_time
+            stopped = run.stop.after(number)
+            last = stopped or number == config.steps or progress.out_of_time
             saves = last or number % config.checkpoint_every == 0
             # A checkpoint is logged, so that no mean is of steps from before and after a restart.
             if saves or number % config.log_every == 0:
@@ -422,8 +423,8 @@ def loop(
                 if saves:
                     with progress.paused():
                         run.save(state, loss)
-            if preempted:  # the machine is about to go: nothing that is not needed
-                say(f"SIGTERM: stopped after step {number}; the same command goes on from there")
+            if stopped:  # perhaps the machine is about to go: nothing that is not needed
+                report_stop(number, run.checkpoints)
                 break
             if last or number % config.sample_every == 0:
                 with progress.paused():
@@ -431,6 +432,15 @@ def loop(
             if last:
                 break
     return state
+
+
+def report_stop(step: int, checkpoints: Checkpoints) -> None:
+    """Print where a run stopped before its end."""
+    if interruption.requested():
+        checkpoints.wait()
+        say(f"interrupted, checkpoint {step} saved")
+    else:
+        say(f"SIGTERM: stopped after step {step}; the same command resumes from there")
 
 
 def require_finite(steps: list[tuple[int, dict[str, jax.Array]]], last_good: int | None) -> None:

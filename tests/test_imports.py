@@ -13,7 +13,7 @@ ROOT = Path(contextualstory_jax.__file__).parent
 
 # What each room, a file or folder at the top of the package, may import of ours. A new room gets
 # its line here.
-GROUND = {"recipe_config", "config", "files", "errors"}
+GROUND = {"recipe_config", "config", "files", "errors", "interruption"}
 LIBRARY = {
     "camera",
     "captions",
@@ -65,6 +65,7 @@ MIDDLE = {
 COMMANDS = {"train", "generate", "evaluate"}
 MAY_IMPORT = {
     "errors": set(),
+    "interruption": set(),
     "config": {"errors"},
     "files": {"config", "errors"},
     "recipe_config": {"config", "errors"},

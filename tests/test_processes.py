@@ -263,7 +263,7 @@ def test_sigterm_saves_and_ends_well(tmp_path, processes):
     printed = finish(running)
 
     stopped = len(metrics(workdir))
-    assert f"SIGTERM: stopped after step {stopped}; the same command goes on" in printed[0][0]
+    assert f"SIGTERM: stopped after step {stopped}; the same command resumes" in printed[0][0]
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(stopped)}
     finish(start(workdir, f"steps={stopped + 1}"))
     assert [line["step"] for line in metrics(workdir)] == list(range(1, stopped + 2))

@@ -20,6 +20,7 @@ from contextualstory_jax.data.prepared import PreparedSource, is_prepared, requi
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
 from contextualstory_jax.data.sources import open_source
+from contextualstory_jax.interruption import before_processes
 from contextualstory_jax.recipe_config import DataConfig
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def read_batches(
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads its own, and commands here have none
+        before_processes()
         dataset = dataset.mp_prefetch(
             grain.multiprocessing.MultiprocessingOptions(
                 num_workers=workers, per_worker_buffer_size=2

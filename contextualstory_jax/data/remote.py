@@ -24,6 +24,7 @@ from tqdm import tqdm
 from contextualstory_jax.config import require
 from contextualstory_jax.data.index import check_inside
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.interruption import removing
 
 AT_ONCE = 8  # files
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -109,12 +110,13 @@ def _copy(
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            system.get_file(info["name"], str(temporary), callback=told)
-            size = temporary.stat().st_size
-            require(size == info["size"], f"{root}/{name} was cut short; run again to go on")
-            if (when := _when(info)) is not None:
-                os.utime(temporary, (when, when))
-            temporary.replace(path)
+            with removing(temporary):
+                system.get_file(info["name"], str(temporary), callback=told)
+                size = temporary.stat().st_size
+                require(size == info["size"], f"{root}/{name} was cut short; run again to go on")
+                if (when := _when(info)) is not None:
+                    os.utime(temporary, (when, when))
+                temporary.replace(path)
         except UserError:
             raise
         except Exception as error:  # of many kinds, as above, and the disk's
@@ -123,8 +125,6 @@ def _copy(
             raise UserError(
                 f"{root}/{name} cannot be copied to {path} ({_reason(error)}); {mend}"
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     with bar, ThreadPoolExecutor(AT_ONCE) as pool:
         futures = [pool.submit(fetch, name) for name in files]

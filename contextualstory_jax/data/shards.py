@@ -26,6 +26,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from contextualstory_jax.data import pictures
 from contextualstory_jax.data.prepared import PICTURES, STORIES
 from contextualstory_jax.errors import UserError
+from contextualstory_jax.interruption import before_processes, check, removing
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -70,6 +71,7 @@ def write_pictures(
         notes[number] = note
         done += len(note.counts)
         progress(done, total)
+        check()
 
     ordered = [notes[number] for number in range(len(shards))]
     for what, name in chain.from_iterable(note.remarks.items() for note in ordered):
@@ -102,6 +104,7 @@ def _run(tasks: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, _Not
     if workers == 1 or len(tasks) <= 1:
         yield from (_write_shard(*task) for task in tasks)
         return
+    before_processes()
     # Spawned, not forked, because ArrayRecord has threads.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(
@@ -149,6 +152,7 @@ def _write_shard(
             for record in records:
                 write(serialize(record["picture"]))
             note.counts.append(len(records))
+            check()
     _write_text(_note_path(path), json.dumps(note))
     return number, note
 
@@ -183,15 +187,14 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
+        with removing(temporary):
+            yield temporary
+            temporary.replace(path)
     except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
         reason = str(error).splitlines()[0]
         raise UserError(
             f"cannot write {path} ({reason}); make room, and run again to go on"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
