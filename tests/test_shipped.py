@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from contextualstory_jax import generate
 from contextualstory_jax.data.loader import test_stories as held_out
+from contextualstory_jax.data.shapes_reader import read_frames
 from contextualstory_jax.evaluation import evaluate
 from contextualstory_jax.pipeline import SHIPPED, Story, StoryPipeline
 from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.recipes import load_recipe
 
-RECIPE = Path(__file__).parents[1] / "configs" / "shapes.py"
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "configs" / "shapes.py"
 SENTENCES = (
     "zoe and otto are on the beach .",
     "she waves a hand .",
@@ -79,8 +84,25 @@ def test_other_seeds_draw_other_pictures(pipeline):
     assert not np.array_equal(first, other)
 
 
-def test_is_the_default_of_generate(tmp_path):
-    generate.main(["--sentence", *SENTENCES, "--out", str(tmp_path)])
+def test_generates_the_story_of_the_readme_right(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    [command] = re.findall(
+        r"^contextualstory-jax (generate .*--sentence(?:.*\\\n)*.*)$", readme, re.M
+    )
+    arguments = shlex.split(command.replace("\\\n", " "))[1:]
+
+    generate.main([*arguments, "--out", str(tmp_path)])
+
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    frames = {f"story/frame_{i}.png" for i in range(5)}
+    frames = [f"story/frame_{i}.png" for i in range(5)]
     assert written == {*frames, "story/grid.png", "story/story.gif", "stories.json"}
+    readings = read_frames(np.stack([np.asarray(Image.open(tmp_path / name)) for name in frames]))
+    both = {"emil", "otto"}
+    assert [set(reading.characters) for reading in readings] == [
+        {"emil"},
+        both,
+        both,
+        both,
+        {"otto"},
+    ]
+    assert {reading.scene for reading in readings} == {"stars"}
