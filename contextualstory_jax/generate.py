@@ -129,6 +129,7 @@ def main(
         return
     texts = read_stories(arguments)
     frameinit = read_frameinit(arguments)
+    initial_latents = arguments.initial_latents and read_latents(arguments.initial_latents)
     check_writable(arguments.out)
     if arguments.save_latents:
         check_writable(arguments.save_latents.parent)
@@ -157,7 +158,7 @@ def main(
         size=(height, width),
         storyflow=arguments.storyflow,
         batch_size=arguments.batch_size,
-        initial_latents=arguments.initial_latents and read_latents(arguments.initial_latents),
+        initial_latents=initial_latents,
         frameinit=frameinit,
         camera_motion=arguments.camera_motion,
     )
@@ -278,6 +279,7 @@ def read_latents(path: Path) -> np.ndarray:
     except Exception as error:  # almost anything, for files that are broken
         raise UserError(f"{path} cannot be read as a .npy file of numbers; name another") from error
     require(isinstance(latents, np.ndarray), f"{path} holds several arrays; name a .npy file")
+    require(latents.dtype.kind in "fiu", f"{path} holds {latents.dtype}, not numbers; name another")
     return latents
 
 

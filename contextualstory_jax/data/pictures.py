@@ -152,7 +152,8 @@ def read_from_array(path: Path, choice: int) -> Image.Image:
     holds something else.
     """
     with naming(path):
-        images = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+        with np.errstate(over="ignore"):  # of a shape that is absurd, and refused
+            images = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or 0 in images.shape:
             raise ValueError(f"{images.dtype} {images.shape}")
         count, height, width, _ = images.shape

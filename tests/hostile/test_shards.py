@@ -1,0 +1,144 @@
+"""Prepared datasets that are damaged: training's reading names what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contextualstory_jax.data import preparation
+from contextualstory_jax.data.loader import open_stories
+from contextualstory_jax.errors import UserError
+from contextualstory_jax.recipe_config import DataConfig
+from tests.hostile.files import NO_FILES, Write, content, replaced
+from tests.published_folders import write_story_folder
+
+SIZE = 16
+JSONS = [
+    f"{folder}/{name}.json"
+    for folder in ("stories", "pictures")
+    for name in ("dataset_info", "features", "metadata")
+]
+TEXTS = {
+    "empty": "",
+    "cut": '{"a": ',
+    "a list": "[]",
+    "nothing": "null",
+    "a number": "7",
+    "other keys": '{"a": 1}',
+    "no text": b"\xff\xfe\x00",
+    "deep": "[" * 100_000,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardCase:
+    """A change to a file of a prepared dataset, by its start, and words of the refusal."""
+
+    name: str
+    file: str
+    write: Write
+    says: tuple[str, ...] = ("prepare",)
+
+
+def every_shard(kind: str) -> str:
+    return f"{kind}/*-{'train' if kind == 'stories' else kind}.array_record-*"
+
+
+def cut(share: float) -> Write:
+    """Keeps the beginning of a file."""
+    return edited(lambda data: data[: int(share * len(data))])
+
+
+def edited(change: Callable[[bytes], bytes]) -> Write:
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def metadata(**values: Any) -> Write:
+    """Other values in `metadata.json`; `...` leaves a key out."""
+
+    def write(path: Path) -> None:
+        changed = json.loads(path.read_text()) | values
+        path.write_text(json.dumps({k: v for k, v in changed.items() if v is not ...}))
+
+    return write
+
+
+def instead(write: Write) -> Write:
+    return lambda path: replaced(path, write)
+
+
+METADATA = "stories/metadata.json"
+CASES = [
+    *(
+        ShardCase(f"{kind} for {file}", file, instead(write))
+        for file in (*JSONS, every_shard("stories"), every_shard("pictures"))
+        for kind, (write, _) in NO_FILES.items()
+        # Without it the folder is one of stories, not prepared.
+        if not (file == JSONS[0] and kind in ("missing", "dangling link", "link to itself"))
+    ),
+    *(
+        ShardCase(f"{file}: {kind}", file, content(text))
+        for file in JSONS
+        for kind, text in TEXTS.items()
+        # Training needs nothing of the second.
+        if not file.endswith("metadata.json")
+    ),
+    *(
+        ShardCase(f"metadata with {key} = {value!r}", METADATA, metadata(**{key: value}))
+        for key, value in (("size", "16"), ("size", None), ("size", 32), ("name", 7), ("name", []))
+    ),
+    *(
+        ShardCase(f"{share} of {kind}", every_shard(kind), cut(share))
+        for kind in ("stories", "pictures")
+        for share in (0, 0.1, 0.5, 0.9, 0.999)
+    ),
+    *(
+        ShardCase(f"zeros for {kind}", every_shard(kind), edited(lambda data: bytes(len(data))))
+        for kind in ("stories", "pictures")
+    ),
+    *(
+        ShardCase(
+            f"zeros in {kind}",
+            every_shard(kind),
+            edited(lambda data: data[:200] + bytes(len(data) - 400) + data[-200:]),
+        )
+        for kind in ("stories", "pictures")
+    ),
+    *(
+        ShardCase(f"{kind} twice", every_shard(kind), edited(lambda data: data + data))
+        for kind in ("stories", "pictures")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared dataset, to be copied."""
+    folder = tmp_path_factory.mktemp("prepared")
+    source = write_story_folder(folder / "source")
+    config = DataConfig(name="folder", root=str(source))
+    assert preparation.prepare(config, folder / "out", SIZE).complete
+    return folder / "out"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_damaged_dataset_is_refused(case, prepared, tmp_path):
+    root = shutil.copytree(prepared, tmp_path / "shards")
+    path = sorted(root.glob(case.file))[0]
+    case.write(path)
+
+    with pytest.raises(UserError) as caught:
+        source = open_stories(DataConfig(name="folder", root=str(root)), "train", SIZE)
+        for index in range(len(source)):
+            source[index]
+
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(root) in message
+    assert all(word in message for word in case.says)
