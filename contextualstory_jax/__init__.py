@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from contextualstory_jax import interruption
 
 if TYPE_CHECKING:
+    from contextualstory_jax.arguments import Story
     from contextualstory_jax.errors import UserError
-    from contextualstory_jax.pipeline import Story, StoryPipeline
+    from contextualstory_jax.pipeline import StoryPipeline
     from contextualstory_jax.train import train_and_evaluate
 
 __version__ = "0.1.0"
 __all__ = ["Story", "StoryPipeline", "UserError", "train_and_evaluate"]
 
 _HOMES = {
-    "Story": "pipeline",
+    "Story": "arguments",
     "StoryPipeline": "pipeline",
     "UserError": "errors",
     "train_and_evaluate": "train",

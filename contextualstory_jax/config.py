@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 import types
 import typing
@@ -39,12 +40,16 @@ def check_range(
     """Raise `UserError` naming the first of a config's fields that is outside [least, most]."""
     for name in names:
         value = getattr(config, name)
+        integer = config.__dataclass_fields__[name].type == "int"
+        kind: Any = numbers.Integral if integer else numbers.Real
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        noun = "an integer, " if integer else "a number, "
         require(
-            least <= value < math.inf and (most is None or value <= most),
+            number and least <= value < math.inf and (most is None or value <= most),
             f"{where}{name} must be "
-            + ("" if math.isfinite(value) else "finite, ")
+            + (noun if not number else "" if math.isfinite(value) else "finite, ")
             + (f"at least {least}" if most is None else f"in [{least}, {most}]")
-            + f"; got {value}",
+            + f"; got {value!r}",
         )
 
 
@@ -316,6 +321,11 @@ class SamplingConfig:
     eta: float = 0.0  # of ddim alone
 
     def __post_init__(self) -> None:
+        known = typing.get_args(typing.get_type_hints(SamplingConfig)["scheduler"])
+        require(
+            self.scheduler in known,
+            f"sampling: scheduler must be one of {', '.join(known)}; got {self.scheduler!r}",
+        )
         check_range(self, "sampling: ", ("steps",), 1)
         check_range(self, "sampling: ", ("guidance_scale", "image_guidance_scale"), 0)
         check_range(self, "sampling: ", ("guidance_rescale", "eta"), 0, 1)

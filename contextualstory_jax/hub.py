@@ -15,6 +15,21 @@ FILES = ["*.json", "tokenizer/*", "*/*.safetensors"]
 OTHERS = ["*/*.fp16.safetensors", "*/*.bin"]
 
 
+def check_id(source: str) -> None:
+    """Raise `UserError` unless a name could be a Hub id."""
+    require(re.fullmatch(ID, source) is not None, f"no folder {source}, and no Hub id OWNER/NAME")
+
+
+def find_commit(source: str, revision: str | None = None) -> str | None:
+    """The commit that a Hub id's revision names; None where the Hub cannot be asked."""
+    import huggingface_hub  # takes a second to import
+
+    try:
+        return huggingface_hub.HfApi().model_info(source, revision=revision, timeout=10).sha
+    except Exception:  # of the Hub or its transport; `locate` says the reason
+        return None
+
+
 def locate(source: str, revision: str | None = None) -> tuple[Path, dict[str, str]]:
     """The folder of a model, and what to call it: a local folder, or a Hub id's snapshot.
 
@@ -25,8 +40,8 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, dict[str, st
         require(folder.is_dir(), f"{source} is a file; give the folder that it is in")
         require(revision is None, f"--revision is of Hub ids, and {source} is a folder here")
         return folder, {"folder": source}
-    require(re.fullmatch(ID, source) is not None, f"no folder {source}, and no Hub id OWNER/NAME")
-    import huggingface_hub  # takes a second to import
+    check_id(source)
+    import huggingface_hub
 
     try:
         fetched = huggingface_hub.snapshot_download(

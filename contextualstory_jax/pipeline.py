@@ -6,6 +6,7 @@ Few compiled programs draw a batch (`drawing.py`); batches are rounded up to few
 from __future__ import annotations
 
 import hashlib
+import os
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,15 +18,26 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float32, Key, UInt8
 
+from contextualstory_jax.arguments import (
+    FirstFrame,
+    OutputType,
+    Story,
+    as_output,
+    check_choice,
+    check_frameinit,
+    check_integer,
+    check_stories,
+    put_first_frames,
+    read_latents,
+    read_sampling,
+    read_size,
+    read_stories,
+    read_storyflow,
+)
 from contextualstory_jax.camera import film
 from contextualstory_jax.checkpoint import load_weights, read_model
-from contextualstory_jax.config import (
-    CameraMotion,
-    FrameInitConfig,
-    MeshConfig,
-    SamplingConfig,
-    require,
-)
+from contextualstory_jax.compilation import use_compilation_cache
+from contextualstory_jax.config import FrameInitConfig, MeshConfig, SamplingConfig, require
 from contextualstory_jax.diffusion.frameinit import FrameInit, make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.noise import story_noise
@@ -39,19 +51,11 @@ from contextualstory_jax.drawing import (
     shared_programs,
 )
 from contextualstory_jax.model import Parts, StoryModel, clamp
+from contextualstory_jax.pretrained import SHIPPED, find_checkpoint
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.tokenizer import Tokenizer
 
-SHIPPED = Path(__file__).parent / "shipped"
-
-
-class Story(NamedTuple):
-    """One story to draw."""
-
-    sentences: Sequence[str]
-    id: str = "story"  # with the seed it decides the noise
-    # Of the size to draw, or of any size for a camera to move over.
-    first_frame: UInt8[np.ndarray, "h w 3"] | None = None
+DTYPES = ("float32", "bfloat16")
 
 
 class Drawing(NamedTuple):
@@ -118,42 +122,123 @@ class StoryPipeline:
     ) -> StoryPipeline:
         """Read a checkpoint folder: a training workdir, a converted one, or the model that ships.
 
+        Compiled programs are kept in the user's cache folder (`compilation.py`).
+
         Args: `weights`, `ema` or `raw`; by default `ema` where there are such.
         Raises `UserError` where it is absent, incomplete or of another architecture.
         """
+        use_compilation_cache()
         folder = Path(folder)
-        require(dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16; got {dtype}")
+        check_choice("dtype", dtype, DTYPES)
         model = StoryModel(read_model(folder), jnp.dtype(dtype))
         params, meta = load_weights(folder, weights, model.shapes)
         length = model.config.text_encoder.max_position_embeddings
         tokenizer = Tokenizer(folder / "tokenizer", length)
         return cls(model, params, tokenizer, meta["storyflow"], meta["step"], meta["weights"])
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "float32",
+        weights: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> StoryPipeline:
+        """Read a model from the Hub or a folder; released weights are converted once, then kept.
+
+        Args:
+            name_or_path: a Hub id, a folder in the released layout, a converted folder or a
+                training workdir; None for the model that ships.
+            dtype: to compute in: `float32` or `bfloat16`.
+            weights: `ema` or `raw`; by default `ema` where there are such.
+            revision: a branch, tag or commit of the Hub id.
+            cache_dir: for converted models; by default in the user's cache folder.
+
+        Raises:
+            UserError: a `ValueError`, where there is no such model, or one that cannot be read.
+        """
+        folder = find_checkpoint(name_or_path, revision, cache_dir)
+        return cls.load(folder, weights=weights, dtype=dtype)
+
     def __call__(
         self,
-        story: Sequence[str] | Sequence[Sequence[str]] | Sequence[Story],
+        sentences: Sequence[str] | Story | Sequence[Sequence[str]] | Sequence[Story],
         *,
-        first_frame: UInt8[np.ndarray, "h w 3"] | None = None,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        eta: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: FirstFrame | Sequence[FirstFrame] | None = None,
+        latents: Float32[np.ndarray, "*b f p q c"] | None = None,
+        output_type: OutputType = "np",
+        first_frame: FirstFrame | None = None,
+        sampling: SamplingConfig | None = None,
+        size: tuple[int, int] | None = None,
+        initial_latents: np.ndarray | None = None,
         **options: Any,
-    ) -> UInt8[np.ndarray, "*b f h w 3"]:
-        """Draw one story, a list of sentences, or a list of stories.
+    ) -> Any:
+        """Generate the images of one story, or of a list of stories.
 
-        Options are those of `draw_batches`.
+        Arguments that are not given have the checkpoint's own values.
 
-        `first_frame` is that of one story; each `Story` of a list holds its own. Stories given as
-        lists of sentences have the ids `story_0`, `story_1` and so on, one alone `story`. Raises
-        `UserError` for input that does not fit the model.
+        Args:
+            sentences: one for each image; or a list of stories, each a list of sentences, with
+                the ids `story_0`, `story_1` and so on, or a `Story`.
+            num_inference_steps: denoising steps.
+            scheduler: the solver: ddim, euler, euler_ancestral, dpmpp_2m, pndm, lms or unipc.
+            guidance_scale: weight of the text; up to 1 there is no guidance.
+            image_guidance_scale: weight of the first frame, in continuation.
+            guidance_rescale: 0 to 1, against overexposure.
+            eta: share of new noise in each step of ddim, 0 to 1.
+            height: pixels.
+            width: pixels.
+            image: the first frame, in continuation, cropped in the middle and resized; for a list
+                of stories one each.
+            latents: initial noise, standard normal, for all stories.
+            output_type: `np` for uint8 `(f, h, w, 3)`, `pil` for a list of PIL images, `latent` for
+                float32 latents `(f, p, q, c)`; for a list of stories a batch of these.
+            first_frame: the same as `image`.
+            sampling: steps, scheduler and scales in one; other arguments change single values.
+            size: the same as `(height, width)`.
+            initial_latents: the same as `latents`.
+            options: those of `draw_batches`: `seed`, `storyflow`, `batch_size`, `frameinit` and
+                `camera_motion`.
+
+        Raises:
+            UserError: a `ValueError`, for input that does not fit the model.
         """
-        require(not isinstance(story, str), "a story is a list of sentences, not one string")
-        if all(isinstance(sentence, str) for sentence in story):
-            one = Story(tuple(map(str, story)), first_frame=first_frame)
-            return self.draw([one], **options).pictures[0]
-        require(first_frame is None, "first_frame is for one story; put it into each Story")
-        stories = [
-            item if isinstance(item, Story) else Story(tuple(item), id=f"story_{i}")
-            for i, item in enumerate(story)
-        ]
-        return self.draw(stories, **options).pictures
+        config = self.model.config
+        check_choice("output_type", output_type, typing.get_args(OutputType))
+        stories, single = read_stories(sentences)
+        size = read_size(config, *(size or (height, width)))
+        image = first_frame if image is None else image
+        if image is not None:
+            fitted = None if options.get("camera_motion") else size
+            stories = put_first_frames(stories, image, single, fitted)
+        drawing = self.draw(
+            stories,
+            sampling=read_sampling(
+                config,
+                sampling,
+                num_inference_steps=num_inference_steps,
+                scheduler=scheduler,
+                guidance_scale=guidance_scale,
+                image_guidance_scale=image_guidance_scale,
+                guidance_rescale=guidance_rescale,
+                eta=eta,
+            ),
+            size=size,
+            initial_latents=initial_latents if latents is None else latents,
+            **options,
+        )
+        output = as_output(output_type, drawing.pictures, drawing.latents)
+        return output[0] if single else output
 
     def draw(
         self,
@@ -198,22 +283,22 @@ class StoryPipeline:
         Raises `UserError` for input that does not fit the model, before anything is drawn.
         """
         config = self.model.config
-        height, width = size or (config.height, config.width)
+        height, width = read_size(config, *(size or (None, None)))
         shape = (config.unet.n_frames, *config.latent_size(height, width), config.unet.in_channels)
-        sampling = sampling or config.sampling
+        sampling = read_sampling(config, sampling)
         sampler = make_sampler(config.scheduler, sampling)
-        motion = self._motion(storyflow)
-        self._check(stories, None if camera_motion else (height, width))
-        self._check_frameinit(frameinit, camera_motion)
+        motion = self.storyflow if storyflow is None else read_storyflow(storyflow, config.unet)
+        check_stories(stories, config.unet, None if camera_motion else (height, width))
+        check_frameinit(frameinit, camera_motion, config.unet)
         mixing = frameinit and make_frameinit(frameinit, config.scheduler, shape[:3])
-        require(0 <= seed < 2**32, f"seed must be in 0..{2**32 - 1}; got {seed}")
-        require(batch_size >= 1, f"batch size must be at least 1; got {batch_size}")
+        seed = check_integer("seed", seed, 0, 2**32 - 1)
+        batch_size = check_integer("batch_size", batch_size, 1)
         require(
             sampling.image_guidance_scale <= 1 or config.unet.is_continuation,
             "image_guidance_scale above 1 needs a continuation model; leave it at 1",
         )
         if initial_latents is not None:
-            _check_latents(initial_latents, (len(stories), *shape))
+            initial_latents = read_latents(initial_latents, (len(stories), *shape))
         # Every batch has one size, so that one program serves: a power of two or, if less,
         # `batch_size`, so that few serve any number of stories. The last batch is filled by the
         # last story.
@@ -234,63 +319,6 @@ class StoryPipeline:
             yield Drawing(*(np.asarray(array)[:real] for array in drawn))
             if self.interrupt:
                 return
-
-    def _check(self, stories: Sequence[Story], size: tuple[int, int] | None) -> None:
-        """Refuse stories that the model cannot draw, and first frames not of `size`, if any."""
-        unet = self.model.config.unet
-        require(len(stories) > 0, "no stories to draw")
-        for story in stories:
-            name, picture = f"story {story.id!r}", story.first_frame
-            require(
-                len(story.sentences) == unet.n_frames,
-                f"{name} has {len(story.sentences)} sentences; this model draws {unet.n_frames}",
-            )
-            require(
-                unet.is_continuation or picture is None,
-                f"{name} has a first frame, but the model draws from sentences alone; leave it out",
-            )
-            require(
-                not unet.is_continuation or picture is not None,
-                f"{name} has no first frame, but the model continues from one; give a picture",
-            )
-            require(
-                picture is None or _is_picture(picture, size),
-                f"{name}: the first frame must be uint8 of shape "
-                + ("{} x {} x 3".format(*size) if size else "height x width x 3"),
-            )
-
-    def _check_frameinit(
-        self, frameinit: FrameInitConfig | None, camera_motion: str | None
-    ) -> None:
-        require(
-            frameinit is None or self.model.config.unet.is_continuation,
-            "frameinit needs a first frame, but the model draws from sentences alone; leave it out",
-        )
-        known = typing.get_args(CameraMotion)
-        require(
-            camera_motion is None or camera_motion in known,
-            f"camera_motion must be one of {', '.join(known)}; got {camera_motion!r}",
-        )
-        require(
-            camera_motion is None or frameinit is not None,
-            "camera_motion makes the clip that frameinit starts from; choose its filter too",
-        )
-
-    def _motion(self, storyflow: Sequence[float] | None) -> Float32[np.ndarray, " m"]:
-        if storyflow is None:
-            return self.storyflow
-        unet = self.model.config.unet
-        require(
-            unet.use_motion_condition, "this model has no StoryFlow Adapter; leave storyflow out"
-        )
-        motion = np.asarray(storyflow, np.float32)
-        require(
-            motion.shape in ((unet.n_frames - 1,), (unet.n_frames,))
-            and bool(np.all((motion >= 0) & (motion < np.inf))),
-            f"storyflow must be {unet.n_frames - 1} finite numbers, one from each frame to the next"
-            f" (or {unet.n_frames}), at least 0; got {motion.tolist()}",
-        )
-        return motion
 
     def _place(self, array: Any) -> jax.Array:
         """An array that every process has whole, split by story."""
@@ -360,25 +388,6 @@ class StoryPipeline:
             frameinit,
             after_step,
         )
-
-
-def _is_picture(array: np.ndarray, size: tuple[int, int] | None) -> bool:
-    return (
-        array.dtype == np.uint8
-        and array.ndim == 3
-        and array.shape[2] == 3
-        and array.size > 0
-        and size in (None, array.shape[:2])
-    )
-
-
-def _check_latents(latents: np.ndarray, shape: tuple[int, ...]) -> None:
-    require(
-        latents.shape == shape and latents.dtype == np.float32,
-        f"initial latents must be float32 of shape {shape} (stories, frames, h, w, c); "
-        f"got {latents.dtype} of shape {latents.shape}",
-    )
-    require(bool(np.isfinite(latents).all()), "initial latents must be finite; draw them anew")
 
 
 def _filled(latents: Any, shape: tuple[int, ...], batch_size: int) -> Float32[Array, "b g p q c"]:

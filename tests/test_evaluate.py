@@ -148,7 +148,7 @@ def test_in_continuation_the_first_frame_is_given_and_not_measured(readable_conf
         ("--checkpoint {tiny}", "square pictures of 32 pixels or more"),
         ("--checkpoint {tiny} --weights raw", "holds no raw weights"),
         ("--checkpoint {readable} --batch-size 0", "batch size must be at least 1; got 0"),
-        ("--checkpoint {readable} --seed -1", "seed must be in"),
+        ("--checkpoint {readable} --seed -1", "seed must be an integer in"),
         ("--wrong", "unrecognized arguments: --wrong"),
     ],
 )

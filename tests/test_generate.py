@@ -261,7 +261,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, a
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (SAID[:5], "story 'story' has 4 sentences; this model draws 5"),
+        (SAID[:5], "story 'story' has 4 sentences; this model needs 5"),
         (SAID + ["--first-frame", "text.png"], "text.png is not an image"),
         (SAID + ["--first-frame", "a.png"], "has a first frame, but .* leave it out"),
         (SAID + ["--height", "18"], "multiples of 4 for this model; got 18 x 16"),
@@ -272,7 +272,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, a
         (SAID + ["--image-guidance-scale", "2"], "needs a continuation model"),
         (SAID + ["--frameinit", "gaussian"], "frameinit needs a first frame"),
         (SAID + ["--scheduler", "euler", "--eta", "0.5"], "eta = 0.5 is for scheduler ddim"),
-        (SAID + ["--seed", "-1"], "seed must be in"),
+        (SAID + ["--seed", "-1"], "seed must be an integer in"),
         (SAID + ["--initial-latents", "none.npy"], "cannot read none.npy"),
         (SAID + ["--initial-latents", "text.png"], "text.png cannot be read as a .npy file"),
         (SAID + ["--initial-latents", "pickled.npy"], "pickled.npy cannot be read"),
@@ -298,7 +298,7 @@ def test_what_does_not_fit_the_model_is_refused(
 
 
 def test_a_continuation_model_needs_a_first_frame(tiny_continuation_checkpoint, tmp_path):
-    with pytest.raises(UserError, match="has no first frame, but .* give a picture"):
+    with pytest.raises(UserError, match="has no first frame, but .* give an image"):
         generate.main(
             ["--checkpoint", str(tiny_continuation_checkpoint), "--out", str(tmp_path), *SAID]
         )
@@ -313,7 +313,7 @@ def test_bad_input_is_one_line_on_stderr_and_status_2(tiny_checkpoint, tmp_path)
         text=True,
     )
 
-    expected = "error: story 'story' has 1 sentences; this model draws 5\n"
+    expected = "error: story 'story' has 1 sentences; this model needs 5\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
 
 

@@ -29,6 +29,8 @@ LIBRARY = {
     "tiles",
 }
 MIDDLE = {
+    "arguments",
+    "pretrained",
     "pipeline",
     "output",
     "vocabulary",
