@@ -47,11 +47,7 @@ class Hub:
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     stand_in = Hub(folder, tmp_path / "snapshots")
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "model_info",
-        lambda *args, **words: stand_in.model_info(*args, **words),
-    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", stand_in.model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in.snapshot_download)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return stand_in
@@ -81,26 +77,22 @@ def test_a_checkpoint_folder_is_taken_as_it_is(tiny_checkpoint, conversions):
     assert not conversions
 
 
-def test_a_hub_id_is_converted_once_and_found_again_offline(hub, conversions, tmp_path):
+def test_a_commit_is_converted_once_and_found_again_offline(
+    hub, conversions, tmp_path, monkeypatch
+):
     first = find_checkpoint(ID)
     shutil.rmtree(hub.snapshots)  # the Hub's own cache is not needed any more
     again = find_checkpoint(ID)
+    monkeypatch.setitem(COMMITS, "main", COMMITS["v1"])  # someone pushes
+    pushed = find_checkpoint(ID)
     hub.online = False
     offline = find_checkpoint(ID)
 
     models = tmp_path / "cache" / "contextualstory_jax" / "models"
-    assert first == models / "sxzheng--ContextualStory-sv-pororo" / COMMITS["main"]
-    assert first == again == offline
-    assert hub.fetched == [COMMITS["main"]]
-    assert conversions == [first]
-
-
-def test_each_commit_has_its_folder(hub, conversions, monkeypatch):
-    first, second = find_checkpoint(ID), find_checkpoint(ID, "v1")
-    monkeypatch.setitem(COMMITS, "main", COMMITS["v1"])  # someone pushes
-
-    assert find_checkpoint(ID) == second != first
-    assert conversions == [first, second]
+    assert first == models / "sxzheng--ContextualStory-sv-pororo" / ("a" * 40)
+    assert first == again != pushed == offline
+    assert hub.fetched == [first.name, pushed.name]
+    assert conversions == [first, pushed]
 
 
 def test_a_released_folder_is_converted_again_when_it_changes(folder, conversions, tmp_path):
@@ -115,9 +107,9 @@ def test_a_released_folder_is_converted_again_when_it_changes(folder, conversion
 
 def test_a_conversion_that_fails_leaves_nothing(folder, tmp_path):
     source = shutil.copytree(folder, tmp_path / "model")
-    released.change_weights(source, "unet", lambda weights: weights.popitem())
+    released.change_weights(source, "unet", lambda weights: weights.pop("conv_in.weight"))
 
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="conv_in.weight: missing"):
         find_checkpoint(source, cache_dir=tmp_path / "cache")
 
     left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
