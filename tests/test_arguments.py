@@ -101,7 +101,7 @@ REFUSED = [
     ("more(S)", "has no first frame, but the model continues from one; give an image"),
     ("more(S, frameinit=FrameInitConfig())", "has no first frame"),
     ("more(S, image=3)", f"image {IMAGES}3"),
-    ("more(S, image='none.png')", "no first frame none.png"),
+    ("more(S, image='none.png')", "cannot read none.png"),
     ("more(S, image=IMAGE[..., 0])", f"image {IMAGES}uint8 of shape (16, 16)"),
     ("more(S, image=IMAGE / 255)", f"image {IMAGES}float64 of shape (16, 16, 3)"),
     ("more(S, image=IMAGE[:0])", f"image {IMAGES}uint8 of shape (0, 16, 3)"),
