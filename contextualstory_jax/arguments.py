@@ -247,6 +247,24 @@ def read_storyflow(storyflow: Any, unet: UNetConfig) -> Float32[np.ndarray, " m"
     return motion
 
 
+def read_negative_prompt(negative_prompt: Any, frames: int) -> list[str]:
+    """Negative prompts, one for all frames or one each; an empty one where there is none.
+
+    Raises `UserError` for other numbers of them, and for what is no text.
+    """
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        prompts = [negative_prompt or ""]
+    else:
+        listed = isinstance(negative_prompt, list | tuple) and len(negative_prompt) == frames
+        require(
+            listed,
+            f"negative_prompt must be a string or a list of {frames}, one a frame; got "
+            + shown(negative_prompt),
+        )
+        prompts = list(negative_prompt)
+    return [check_text(prompt, "negative_prompt") for prompt in prompts]
+
+
 def read_latents(latents: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "b f p q c"]:
     """Initial latents; those of one story may come without the axis of stories.
 

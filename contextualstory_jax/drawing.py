@@ -79,7 +79,7 @@ def prepare(
     branches: int,
     params: Parts,
     inputs: Inputs,
-    null_ids: Int[Array, " l"],
+    null_ids: Int[Array, "#f l"],
     motion: Float[Array, " m"],
     scales: Scales,
     init_noise_sigma: Float[Array, ""],
@@ -92,8 +92,9 @@ def prepare(
     storyline = model.contextualize(params, model.encode_text(params, inputs.ids))
     text = model.text_keys_values(params, storyline)
     if branches > 1:
-        # The null text bypasses the contextualizer, and is the same for all frames and stories.
-        null_text = model.encode_text(params, null_ids[None, None])
+        # The null text, or a negative prompt, bypasses the contextualizer. It is the same for all
+        # stories, and for all frames unless there is one for each.
+        null_text = model.encode_text(params, null_ids[None])
         null = model.text_keys_values(params, null_text)
 
         def all_branches(null: Array, own: Array) -> Array:
@@ -214,7 +215,7 @@ def generate(
     branches: int,
     params: Parts,
     inputs: Inputs,
-    null_ids: Int[Array | np.ndarray, " l"],
+    null_ids: Int[Array | np.ndarray, "#f l"],
     motion: Float[Array | np.ndarray, " m"],
     sampler: Sampler,
     scales: Scales,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float32, Key, UInt8
+from jaxtyping import Array, Float32, Int32, Key, UInt8
 
 from contextualstory_jax.arguments import (
     FirstFrame,
@@ -29,14 +29,15 @@ from contextualstory_jax.arguments import (
     check_stories,
     put_first_frames,
     read_latents,
+    read_negative_prompt,
     read_sampling,
     read_size,
     read_stories,
     read_storyflow,
+    shown,
 )
 from contextualstory_jax.camera import film
 from contextualstory_jax.checkpoint import load_weights, read_model
-from contextualstory_jax.compilation import use_compilation_cache
 from contextualstory_jax.config import FrameInitConfig, MeshConfig, SamplingConfig, require
 from contextualstory_jax.diffusion.frameinit import FrameInit, make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
@@ -122,12 +123,9 @@ class StoryPipeline:
     ) -> StoryPipeline:
         """Read a checkpoint folder: a training workdir, a converted one, or the model that ships.
 
-        Compiled programs are kept in the user's cache folder (`compilation.py`).
-
         Args: `weights`, `ema` or `raw`; by default `ema` where there are such.
         Raises `UserError` where it is absent, incomplete or of another architecture.
         """
-        use_compilation_cache()
         folder = Path(folder)
         check_choice("dtype", dtype, DTYPES)
         model = StoryModel(read_model(folder), jnp.dtype(dtype))
@@ -207,8 +205,8 @@ class StoryPipeline:
             sampling: steps, scheduler and scales in one; other arguments change single values.
             size: the same as `(height, width)`.
             initial_latents: the same as `latents`.
-            options: those of `draw_batches`: `seed`, `storyflow`, `batch_size`, `frameinit` and
-                `camera_motion`.
+            options: those of `draw_batches`: `seed`, `negative_prompt`, `callback_on_step_end`,
+                `storyflow`, `batch_size`, `frameinit` and `camera_motion`.
 
         Raises:
             UserError: a `ValueError`, for input that does not fit the model.
@@ -265,6 +263,7 @@ class StoryPipeline:
         seed: int = 0,
         sampling: SamplingConfig | None = None,
         size: tuple[int, int] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         storyflow: Sequence[float] | None = None,
         batch_size: int = 8,
         initial_latents: np.ndarray | None = None,
@@ -272,15 +271,24 @@ class StoryPipeline:
         camera_motion: str | None = None,
         callback_on_step_end: StepCallback | None = None,
     ) -> Iterator[Drawing]:
-        """Draw stories in batches of one size, in order.
+        """Generate stories in batches of one size, in order.
 
-        Args: `seed`, in [0, 2^32); `sampling`, steps and scales, the model's own by default;
-        `size`, height and width in pixels; `storyflow`, scene changes, the training mean by
-        default; `initial_latents`, float32 (b, f, p, q, c), standard-normal-like values in place of
-        the drawn ones; `frameinit`, in continuation, gives them low frequencies of the first frame;
-        `camera_motion`, of `config.CameraMotion`, moves over that, whose size is then free;
-        `callback_on_step_end`, a `StepCallback`, changes no bit of the result by being called.
-        Raises `UserError` for input that does not fit the model, before anything is drawn.
+        Args:
+            stories: with their first frames, in continuation.
+            seed: 0 to 2^32 - 1; with a story's id it decides its noise.
+            sampling: steps, scheduler and scales; by default the model's own.
+            size: height and width in pixels; by default the model's own.
+            negative_prompt: the text that guidance leads away from, one for all frames or one
+                each; by default the empty one.
+            storyflow: scene changes from each frame to the next; by default the training mean.
+            batch_size: stories at once, at most.
+            initial_latents: standard normal float32 `(b, f, p, q, c)`, in place of the seed's.
+            frameinit: for low frequencies of the first frame in them, in continuation.
+            camera_motion: one of `config.CameraMotion`, over a first frame of any size.
+            callback_on_step_end: a `StepCallback`; that it is called changes no bit of the result.
+
+        Raises:
+            UserError: for input that does not fit the model, before anything is generated.
         """
         config = self.model.config
         height, width = read_size(config, *(size or (None, None)))
@@ -290,12 +298,17 @@ class StoryPipeline:
         motion = self.storyflow if storyflow is None else read_storyflow(storyflow, config.unet)
         check_stories(stories, config.unet, None if camera_motion else (height, width))
         check_frameinit(frameinit, camera_motion, config.unet)
+        null_ids = self.tokenizer(read_negative_prompt(negative_prompt, config.unet.n_frames))
         mixing = frameinit and make_frameinit(frameinit, config.scheduler, shape[:3])
         seed = check_integer("seed", seed, 0, 2**32 - 1)
         batch_size = check_integer("batch_size", batch_size, 1)
         require(
             sampling.image_guidance_scale <= 1 or config.unet.is_continuation,
             "image_guidance_scale above 1 needs a continuation model; leave it at 1",
+        )
+        require(
+            callback_on_step_end is None or callable(callback_on_step_end),
+            f"callback_on_step_end must be a function; got {shown(callback_on_step_end)}",
         )
         if initial_latents is not None:
             initial_latents = read_latents(initial_latents, (len(stories), *shape))
@@ -315,7 +328,7 @@ class StoryPipeline:
             after_step = None
             if callback_on_step_end is not None:
                 after_step = self._after_step(callback_on_step_end, sampler, real)
-            drawn = self._run(inputs, motion, sampler, sampling, mixing, after_step)
+            drawn = self._run(inputs, null_ids, motion, sampler, sampling, mixing, after_step)
             yield Drawing(*(np.asarray(array)[:real] for array in drawn))
             if self.interrupt:
                 return
@@ -365,6 +378,7 @@ class StoryPipeline:
     def _run(
         self,
         inputs: Inputs,
+        null_ids: Int32[np.ndarray, "#f l"],
         motion: Float32[np.ndarray, " m"],
         sampler: Sampler,
         sampling: SamplingConfig,
@@ -381,7 +395,7 @@ class StoryPipeline:
             num_branches(sampling.guidance_scale, sampling.image_guidance_scale),
             self.params,
             inputs,
-            self.tokenizer([""])[0],
+            null_ids,
             motion,
             sampler,
             scales,

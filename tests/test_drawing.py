@@ -25,7 +25,7 @@ class PlainModel(StoryModel):
         return 10 * text
 
     def text_keys_values(self, params, storyline):
-        return storyline[:, :1, 0, 0]
+        return storyline[..., 0, 0]
 
     def time_shifts(self, params, timesteps, motion):
         return motion.mean() + timesteps
@@ -39,6 +39,7 @@ class PlainModel(StoryModel):
     def predict(self, params, noisy, shifts, text, first_frame):
         noisy = per_branch(noisy, text)
         given = 0 if first_frame is None else per_branch(first_frame, text)[:, None]
+        text = text[:, -noisy.shape[1] :]
         return text[..., None, None, None] + shifts + noisy + given
 
 
@@ -75,15 +76,19 @@ def test_guidance_joins_predictions_with_less_and_more_of_the_condition(
     ids = jnp.broadcast_to(jnp.array([2, 4])[:, None, None], (2, 5, 7))
     inputs = Inputs(ids, jnp.asarray(noise), keys, keys, jnp.asarray(picture) if given else None)
     scales = Scales(jnp.float32(2), jnp.float32(1.5), jnp.float32(0))
-    model, null_ids = PlainModel(tiny_model_config), jnp.full(7, 7)
+    null_ids = jnp.broadcast_to(jnp.arange(3, 8)[:, None], (5, 7))  # another for each frame
+    model = PlainModel(tiny_model_config)
 
     latents = hand_on(model, branches, inputs, null_ids, jnp.full(4, 0.5), scales)
 
     # The null text has not read the others; the first frame of noise has the size of the latents.
-    text, null_text = np.reshape([20.0, 40.0], (2, 1, 1, 1, 1)), 7.0
+    text, null_text = (
+        np.reshape([20.0, 40.0], (2, 1, 1, 1, 1)),
+        np.reshape(range(3, 8), (5, 1, 1, 1)),
+    )
     x, clean = 3 * noise + 0.5, picture[:, :, ::4, ::4, :1].astype(np.float32)
     first, noisy = (clean, 3 * noise[:, :1]) if given else (0, 0)
-    x = x[:, 1:] if given else x
+    x, null_text = (x[:, 1:], null_text[1:]) if given else (x, null_text)
     expected = {
         1: x + text + first,
         2: x + first + null_text + 2 * (text - null_text),
@@ -103,7 +108,7 @@ def test_frameinit_mixes_the_whole_clip_whose_first_view_is_the_first_frame(tiny
     way = make_frameinit(FrameInitConfig(level=300), tiny_model_config.scheduler, (5, 4, 4))
 
     model = PlainModel(tiny_model_config)
-    latents = hand_on(model, 1, inputs, jnp.zeros(7, int), jnp.zeros(4), scales, way)
+    latents = hand_on(model, 1, inputs, jnp.zeros((1, 7), int), jnp.zeros(4), scales, way)
 
     seen = clip[:, :, ::4, ::4, :1]
     mixed = jax.jit(mix)(way, seen, noise)

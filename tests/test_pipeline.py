@@ -82,6 +82,18 @@ def test_arguments_have_the_names_of_the_field(pipeline):
     np.testing.assert_array_equal(generated, said)
 
 
+def test_a_negative_prompt_stands_in_for_the_empty_text(pipeline):
+    none, one, each, other = (
+        pipeline(SENTENCES, negative_prompt=prompt)
+        for prompt in ("", "A dog.", ["A dog."] * 5, ["A dog.", *[""] * 4])
+    )
+
+    np.testing.assert_array_equal(none, pipeline(SENTENCES))
+    assert levels_apart(one, each) <= 1  # programs of two shapes round apart
+    assert levels_apart(one, none) > 1
+    assert levels_apart(one, other) > 1
+
+
 def test_output_comes_as_arrays_images_or_latents(pipeline):
     expected = pipeline.draw([Story(SENTENCES)], seed=1)
 
