@@ -27,6 +27,18 @@ StepMetrics = clu.metrics.Collection.create(
 )
 
 
+def starting(config: TrainConfig, workdir: Path, first_step: int) -> str:
+    """The line at the start of a run: devices, precision, and the weights it begins with."""
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if first_step > 0:
+        weights = f"resuming from step {first_step} of {config.steps}"
+    elif config.init_from is not None:
+        weights = f"starting from the weights in {config.init_from}"
+    else:
+        weights = f"starting from new weights, seed {config.seed}"
+    return f"training in {workdir} on {devices}, {config.compute_dtype}; {weights}"
+
+
 class Progress:
     """What the user sees of a run: a bar, and the means of all steps since the last log."""
 

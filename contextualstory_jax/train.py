@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.processes import add_arguments, connect
+from contextualstory_jax.processes import add_arguments, connect, say
 from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe, train_config
 
@@ -77,9 +78,23 @@ def main(
     from contextualstory_jax import trainer
 
     try:
-        trainer.train_and_evaluate(config, arguments.workdir)
+        state = trainer.train_and_evaluate(config, arguments.workdir)
     except trainer.NonFiniteLoss as error:
         sys.exit(f"error: {error}")
+    if int(state.step) >= config.steps or config.max_minutes is not None:
+        say(results(arguments.workdir, int(state.step), arguments.config, overrides))
+
+
+def results(workdir: Path, step: int, config: str, overrides: Sequence[str]) -> str:
+    """Where a finished run's results are, and the commands that use them."""
+    data = [f"--config.{override}" for override in overrides if override.startswith("data.")]
+    generate = ["--checkpoint", str(workdir), "--story", "story.txt", "--out", "out"]
+    evaluate = ["--checkpoint", str(workdir), "--config", config, *data, "--out", "evaluation"]
+    return (
+        f"{workdir}: checkpoints/{step}, samples/, metrics.jsonl, tensorboard/\n"
+        "next: contextualstory-jax generate " + shlex.join(generate) + "\n"
+        "      contextualstory-jax evaluate " + shlex.join(evaluate)
+    )
 
 
 if __name__ == "__main__":

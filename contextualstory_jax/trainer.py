@@ -27,7 +27,11 @@ from PIL import Image
 
 from contextualstory_jax import interruption
 from contextualstory_jax.checkpoint import contents, write_model, write_text
-from contextualstory_jax.compilation import use_compilation_cache
+from contextualstory_jax.compilation import (
+    TRAINING_SECONDS,
+    compiling,
+    use_compilation_cache,
+)
 from contextualstory_jax.config import dotted, require
 from contextualstory_jax.data.latents import EncodedStories
 from contextualstory_jax.data.loader import (
@@ -55,7 +59,7 @@ from contextualstory_jax.processes import (
     require_agreement,
     say,
 )
-from contextualstory_jax.progress import Profile, Progress
+from contextualstory_jax.progress import Profile, Progress, starting
 from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.scalars import NoWriter, ScalarWriter
 from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
@@ -107,6 +111,10 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
         if latents is not None and params is None:
             require_same_weights(latents.cache, state.frozen)
         del params
+        if int(state.step) >= config.steps:
+            say(f"already finished at step {int(state.step)}; raise --config.steps to train longer")
+            return state
+        say(starting(config, workdir, int(state.step)))
         by_first(lambda: describe(config, state, workdir))
         by_first(lambda: record_vocabulary(config, workdir))
         step = compile_step(model, config, placement, state, tokenizer, latents)
@@ -127,6 +135,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
                     draw_samples, model, config, tokenizer, workdir, writer, flow, placement
                 ),
             )
+            say(compiling("training step", len(model.shapes["unet"]), TRAINING_SECONDS))
             return loop(state, step, data, run)
 
 

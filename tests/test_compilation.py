@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from contextualstory_jax.compilation import TRAINING_SECONDS, compiling
+
 ROOT = Path(__file__).parents[1]
 SHOW = """
 import jax
@@ -43,3 +45,12 @@ def test_a_cache_that_the_user_set_up_is_left_alone(before, variables, expected)
     )
 
     assert shown.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    ("tensors", "time"), [(1, "10 s"), (428, "40 s"), (899, "90 s"), (1537, "3 min")]
+)
+def test_the_time_that_compiling_takes_is_estimated(tensors, time):
+    line = compiling("training step", tensors, TRAINING_SECONDS)
+
+    assert line == f"compiling the training step (about {time}, cached for the next time)"

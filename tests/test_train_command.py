@@ -58,6 +58,19 @@ def test_a_mistake_is_one_line_and_status_2_before_jax_is_imported(tmp_path, arg
     assert not workdir.exists()
 
 
+def test_a_finished_run_names_its_results_and_the_next_commands():
+    overrides = ["steps=2", "data.root=my folder"]
+
+    text = train.results(Path("run"), 2, "pororo_visualization", overrides)
+
+    assert text.splitlines() == [
+        "run: checkpoints/2, samples/, metrics.jsonl, tensorboard/",
+        "next: contextualstory-jax generate --checkpoint run --story story.txt --out out",
+        "      contextualstory-jax evaluate --checkpoint run --config pororo_visualization "
+        "'--config.data.root=my folder' --out evaluation",
+    ]
+
+
 def test_a_workdir_that_cannot_be_written_is_one_line_and_status_2(tmp_path, capsys):
     (tmp_path / "file").touch()
 

@@ -387,6 +387,17 @@ def test_a_used_workdir_that_cannot_be_written_is_named(recipe, tmp_path):
         train_and_evaluate(recipe, tmp_path)
 
 
+def test_a_finished_run_says_so_and_stays_as_it_is(whole, recipe, capsys):
+    before = files(whole[1])
+
+    state = train_and_evaluate(recipe, whole[1])
+
+    line = "already finished at step 4; raise --config.steps to train longer"
+    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert_same(state, whole[0])
+    assert {path: data for path, data in files(whole[1]).items() if path in before} == before
+
+
 def spoil(checkpoint: Path) -> None:
     """Damage a checkpoint as a disk would: its files are there, and shorter."""
     for path in checkpoint.rglob("*"):
@@ -404,6 +415,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
 
     printed = capsys.readouterr().out
     assert "checkpoint 4 of " in printed and "; going on from checkpoint 2" in printed
+    line = f"training in {workdir} on 1 x cpu, float32; resuming from step 2 of 4"
+    assert line in printed.splitlines()
+    assert "compiling the training step (about " in printed
     assert_same(state, whole[0])
     assert metrics(workdir) == metrics(whole[1])
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "4", "4.damaged"}
