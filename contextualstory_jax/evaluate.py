@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.config import require
-from contextualstory_jax.processes import add_arguments, connect
+from contextualstory_jax.processes import add_arguments, connect, say
 from contextualstory_jax.recipe_config import DataConfig
 from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe
 
@@ -75,7 +75,7 @@ def main(
     from tqdm import tqdm
 
     from contextualstory_jax.compilation import use_compilation_cache
-    from contextualstory_jax.data.loader import open_stories
+    from contextualstory_jax.data.loader import held_out_source, story_notes
     from contextualstory_jax.evaluation import require_readable, table, untrained
     from contextualstory_jax.gallery import Gallery
     from contextualstory_jax.gallery_pages import write_index
@@ -94,14 +94,16 @@ def main(
         require_readable(config.height, config.width)
         models["untrained"], rows["untrained"] = untrained(pipeline), "untrained"
 
-    source = open_stories(data, "test", config.height)
+    source = held_out_source(data, config.height)
+    for note in story_notes(source, pipeline.tokenizer.truncation_note):
+        say(note)
     count = arguments.stories or (SHAPES_STORIES if data.name == "shapes" else len(source))
     require(
         count <= len(source),
-        f"the test split has {len(source)} stories; --stories {count} are more",
+        f"the {source.split} split has {len(source)} stories; --stories {count} are more",
     )
     stories = [tell(source, number) for number in range(count)]
-    settings = describe(arguments, data, pipeline, count, measured)
+    settings = describe(arguments, data, pipeline, source.split, count, measured)
     gallery = Gallery(arguments.out, settings)
     gallery.check()
     first = jax.process_index() == 0
@@ -137,6 +139,7 @@ def describe(
     arguments: argparse.Namespace,
     data: DataConfig,
     pipeline: StoryPipeline,
+    split: str,
     stories: int,
     measured: bool,
 ) -> dict[str, Any]:
@@ -157,6 +160,7 @@ def describe(
         "dtype": arguments.dtype,
         "task": "continuation" if config.unet.is_continuation else "visualization",
         "data": dataclasses.asdict(data),
+        "split": split,
         "stories": stories,
         "seed": arguments.seed,
         "height": config.height,

@@ -69,7 +69,8 @@ def _about(gallery: Gallery) -> str:
     files = ["settings.json", "frames.jsonl", *(["metrics.json"] if settings["metrics"] else [])]
     links = ", ".join(f'<a href="{name}">{name}</a>' for name in files)
     data, checkpoint = settings["data"]["name"], settings["checkpoint"]
-    return f"""<p>{settings["stories"]:,} stories of the test split of {escape(data)}, drawn by
+    stories = f"{settings['stories']:,} stories of the {settings['split']} split"
+    return f"""<p>{stories} of {escape(data)}, drawn by
 {escape(checkpoint)}, step {settings["step"]}. <span class="faint">{links}</span></p>"""
 
 

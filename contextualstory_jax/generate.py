@@ -141,6 +141,8 @@ def main(
     checkpoint = arguments.checkpoint or SHIPPED
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
     warn_of_unknown_words(checkpoint, texts)
+    if note := pipeline.tokenizer.truncation_note(s for text in texts for s in text.sentences):
+        print(f"warning: {note}", file=sys.stderr)
     config = pipeline.model.config
     height = config.height if arguments.height is None else arguments.height
     width = config.width if arguments.width is None else arguments.width

@@ -50,7 +50,7 @@ from contextualstory_jax.data.latents import (
     LatentCache,
     tabulate,
 )
-from contextualstory_jax.data.loader import training_source
+from contextualstory_jax.data.loader import story_notes, training_source
 from contextualstory_jax.data.pictures import fit_square
 from contextualstory_jax.data.preparation import candidates
 from contextualstory_jax.data.remote import local_copy
@@ -59,6 +59,7 @@ from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.output import check_writable
+from contextualstory_jax.processes import say
 from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.tokenizer import Tokenizer
 from contextualstory_jax.weights import ADDED
@@ -156,6 +157,8 @@ def cache_latents(config: TrainConfig, checkpoint: Path, out: Path) -> LatentCac
     source = stories_on_disk(config)
     table = tabulate(source)
     encoder = Encoder(config, checkpoint)
+    for note in story_notes(source, encoder.tokenizer.truncation_note):
+        say(note)
     with _shared_folder(out) as work:
         counts = np.zeros(len(table.paths), np.int32)
         moments = encoder.moments(_pictures(source, table.paths, counts))

@@ -24,11 +24,13 @@ class DataConfig:
     root: str | None = None  # of all but shapes: the folder as published, or as prepared
     split_policy: Literal["published", "strict"] = "published"
     captions: Literal["blip2", "original"] = "blip2"  # of pororo alone
+    test_fraction: float = 0.05  # of a folder's stories, held out for testing if none names a split
     workers: int = 0  # processes that read; 0: a thread of the one that trains
     latents: str | None = None  # a latent cache of the training split, read in place of pictures
 
     def __post_init__(self) -> None:
         check_range(self, "data.", ("workers",), 0)
+        check_range(self, "data.", ("test_fraction",), 0, 1)
         require(
             self.name != "shapes" or self.root is None,
             f"data.root = {self.root!r} is for stories on disk, and data.name = 'shapes' are drawn",

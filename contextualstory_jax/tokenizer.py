@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +40,22 @@ class Tokenizer:
             return_tensors="np",
         )
         return encoded["input_ids"].astype(np.int32)
+
+    def counts(self, sentences: Sequence[str]) -> list[int]:
+        """The number of tokens of each sentence without truncation, start and end included."""
+        encoded = self._tokenizer(list(sentences), verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def truncation_note(self, sentences: Iterable[str]) -> str | None:
+        """A line that counts the sentences that are truncated and names the first three, if any."""
+        distinct = list(dict.fromkeys(sentences))
+        # Of ASCII a token is at least one character.
+        long = [s for s in distinct if len(s) > self.length - 2 or not s.isascii()]
+        counted = zip(long, self.counts(long) if long else (), strict=True)
+        cut = [f"{s[:60]!r} ({count})" for s, count in counted if count > self.length]
+        if not cut:
+            return None
+        return (
+            f"{len(cut)} of {len(distinct)} sentences have more than {self.length} tokens and are "
+            f"truncated: {', '.join(cut[:3])}" + (", ..." if len(cut) > 3 else "")
+        )

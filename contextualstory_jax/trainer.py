@@ -39,6 +39,7 @@ from contextualstory_jax.data.loader import (
     batches,
     process_rows,
     read_batches,
+    story_notes,
     test_stories,
     training_source,
 )
@@ -141,7 +142,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
 
 def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
     """Raise `UserError` where the recipe fits no data, the devices or the tokenizer."""
-    training_source(config.data, config.model.height)
+    source = training_source(config.data, config.model.height)
     check_batch(config, mesh)
     vocab_size = config.model.text_encoder.vocab_size
     needed = int(tokenizer([""]).max()) + 1  # in CLIP's vocabularies the end token is the last
@@ -149,6 +150,8 @@ def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
         vocab_size >= needed,
         f"model.text_encoder.vocab_size = {vocab_size} is under the tokenizer's {needed}",
     )
+    for note in story_notes(source, tokenizer.truncation_note):
+        say(note)
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:

@@ -182,9 +182,17 @@ def _names(clip: str) -> list[str]:
 
 
 def write_story_folder(
-    root: Path, *, counts: Mapping[str, int] | None = None, labels: bool = True, size: int = 16
+    root: Path,
+    *,
+    counts: Mapping[str, int] | None = None,
+    labels: bool = True,
+    splits: bool = True,
+    size: int = 16,
 ) -> Path:
-    """A folder with a `stories.jsonl`: `counts` stories of each split, three and one of test."""
+    """A folder with a `stories.jsonl`: `counts` stories of each split, three and one of test.
+
+    Without `splits` no story says which it is of.
+    """
     lines = []
     for split, count in (counts or {"train": 3, "test": 1}).items():
         for story in range(count):
@@ -196,8 +204,9 @@ def write_story_folder(
                 "id": name,
                 "sentences": [f"In {name} Mia counts to {k}." for k in range(5)],
                 "frames": frames,
-                "split": split,
             }
+            if splits:
+                line["split"] = split
             if labels:
                 line |= {"characters": [["mia"]] * 5, "scene": "meadow"}
             lines.append(json.dumps(line))

@@ -137,7 +137,9 @@ def test_latents_are_saved_and_may_be_given(drawn, tiny_checkpoint, tmp_path):
 
 
 def test_a_jsonl_file_gives_a_folder_a_story(tiny_checkpoint, tmp_path, capsys):
-    lines = [json.dumps({"id": id, "sentences": SENTENCES}) for id in ("s1/a", "b", "c")]
+    long = ["Mia runs. " * 20, *SENTENCES[1:]]
+    stories = {"s1/a": SENTENCES, "b": long, "c": SENTENCES}
+    lines = [json.dumps({"id": id, "sentences": story}) for id, story in stories.items()]
     (tmp_path / "stories.jsonl").write_text("\n".join(lines) + "\n")
 
     generate.main(
@@ -153,7 +155,9 @@ def test_a_jsonl_file_gives_a_folder_a_story(tiny_checkpoint, tmp_path, capsys):
     assert told["settings"]["scheduler"] == "euler"
     for folder in ("s1_a", "b", "c"):
         assert {path.name for path in (tmp_path / "out" / folder).glob("frame_*")} == set(FRAMES)
-    *paths, last = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert printed.err.count("1 of 6 sentences have more than 16 tokens and are truncated") == 1
+    *paths, last = printed.out.splitlines()
     assert last == f"3 stories in {tmp_path / 'out'}"
     assert paths == [
         f"{tmp_path / 'out' / name / 'grid.png'}  {tmp_path / 'out' / name / 'story.gif'}"

@@ -185,6 +185,7 @@ SETTINGS = {
     "checkpoint": "painter",
     "step": 0,
     "data": {"name": "<shapes>", "seed": 0},
+    "split": "test",
     "stories": 5,
     "width": 16,
     "height": 16,

@@ -82,6 +82,7 @@ CASES = [
     {"name": "pororo", "captions": "original", "seed": 7},
     {"name": "flintstones", "split_policy": "strict"},
     {"name": "folder"},
+    {"name": "folder", "split_policy": "strict"},
 ]
 
 
@@ -489,7 +490,7 @@ def test_the_command_reports_and_ends_with_status_2_unless_told_to_skip(tmp_path
 
     assert refused.returncode == 2
     assert "\nstories: train 6 of 8, val 3 of 4, test 3; pictures: 28\n" in refused.stdout
-    assert refused.stderr.splitlines()[-1].startswith("error: 3 problems, listed above; mend them")
+    assert refused.stderr.splitlines()[-1].startswith("error: 2 problems, listed above; fix them")
     assert skipped.returncode == 0
     assert skipped.stdout.splitlines()[-1] == (
         f"{out} is ready: train with --config.data.root={out}"

@@ -119,6 +119,20 @@ def test_a_sentence_too_long_is_cut_and_ends_with_the_end_token(tokenizer):
     assert (long[1:-1] != end).all() and (long != 0).all()
 
 
+def test_sentences_are_counted_before_they_are_truncated(tokenizer):
+    assert tokenizer.counts(["", "mia", "mia jumps " * LENGTH]) == [2, 3, 2 * LENGTH + 2]
+    fits, long = "mia " * (LENGTH - 2), "mia " * (LENGTH - 1)
+
+    note = tokenizer.truncation_note([fits, long, long, "otto " + long])
+
+    assert tokenizer.truncation_note([fits, "mia"]) is None
+    assert tokenizer.truncation_note([]) is None
+    assert note is not None and note.startswith(
+        f"2 of 3 sentences have more than {LENGTH} tokens and are truncated: '"
+    )
+    assert f"({LENGTH + 1})" in note and "\n" not in note
+
+
 def test_a_literal_exclamation_mark_is_the_padding_s_id(tokenizer):
     plain, loud = tokenizer(["mia jumps", "mia! jumps!"])
 

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax pre
         root=str(arguments.source),
         split_policy=arguments.split_policy,
         captions=arguments.captions,
+        test_fraction=arguments.test_fraction,
     )
     count = None if arguments.tokenizer is None else token_counter(arguments.tokenizer)
     with tqdm(unit="file", dynamic_ncols=True, delay=0.5) as bar:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax pre
     print(report)
     require(
         report.complete,
-        f"{len(report.findings)} problems, listed above; mend them, or give --skip-broken, and "
+        f"{len(report.problems)} problems, listed above; fix them, or give --skip-broken, and "
         "run again: what is done is kept",
     )
     print(f"{arguments.out} is ready: train with --config.data.root={arguments.out}")
@@ -85,10 +86,17 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         help="of pororo: filtered by BLIP-2, with one picture a frame, or all (blip2)",
     )
     parser.add_argument(
+        "--test-fraction",
+        type=float,
+        default=DataConfig.test_fraction,
+        metavar="F",
+        help="of a folder's stories, held out for testing where none names a split (%(default)s)",
+    )
+    parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="CLIP's, to count captions' tokens exactly; without it, only at least",
+        help="CLIP's, to count the tokens of captions exactly; the default is a lower bound",
     )
     parser.add_argument(
         "--skip-broken",
@@ -106,12 +114,12 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
 
 
 def token_counter(folder: Path) -> Callable[[str], int]:
-    """Counts the tokens of a caption, those around it included, by the tokenizer in a folder."""
+    """Counts the tokens of a caption, start and end included, by the tokenizer in a folder."""
+    from contextualstory_jax.data.preparation import MOST_TOKENS
     from contextualstory_jax.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(folder, 1024)  # longer than any caption
-    end = tokenizer([""])[0, 1]
-    return lambda caption: int((tokenizer([caption])[0] == end).argmax()) + 1
+    tokenizer = Tokenizer(folder, MOST_TOKENS)
+    return lambda caption: tokenizer.counts([caption])[0]
 
 
 if __name__ == "__main__":

@@ -113,6 +113,13 @@ def picture_serializer(
     return lambda picture: b"".join((head, np.ascontiguousarray(picture).data))
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    """Dataset information that is nowhere but on this machine."""
+
+    def initialize_from_bucket(self) -> None:
+        """Do nothing: the base class asks a public bucket, and leaves a temporary folder behind."""
+
+
 class StoryBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """The pictures or the stories of a dataset, in given shards of each split."""
 
@@ -134,7 +141,7 @@ class StoryBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         super().__init__(data_dir=folder, config=config, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self,
             features=self.features,
             metadata=tfds.core.MetadataDict(self.metadata),

@@ -4,14 +4,20 @@
      "characters": [["mia"], ...five], "scene": "meadow", "split": "train"}
 
 The last three may be left out. Paths are taken from the file's folder; `scene` is one for the
-story, or a list of five; `split` is train, val or test, and train unless told.
+story, or a list of five; `split` is train (the default), val or test. Where no story names a split,
+some are held out as the test split.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import types
 from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -21,12 +27,16 @@ from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FRAMES, FrameLabels
 from contextualstory_jax.data.index import (
     SPLITS,
+    Policy,
     StoryRecord,
     StorySource,
     file_name,
+    held_out,
+    held_out_note,
     numbered,
     require_files,
     require_stories,
+    strict_windows,
 )
 from contextualstory_jax.data.pictures import read_image
 from contextualstory_jax.errors import UserError
@@ -43,16 +53,39 @@ KEYS = {"id", "sentences", "frames", "characters", "scene", "split"}
 class FolderSource(StorySource):
     """One split of a folder of stories.
 
-    Pictures of any shape are cut to squares. Raises `UserError` for a folder without
+    Pictures of any shape are cut to squares. Args: `test_fraction`, of the stories to hold out as
+    the test split where none names a split. Raises `UserError` for a folder without
     `stories.jsonl`, and for a broken line, by its number.
     """
 
-    def __init__(self, root: Path, split: str, size: int):
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        size: int,
+        *,
+        policy: Policy = "published",
+        test_fraction: float = 0.05,
+    ):
         super().__init__(split, size, seed=0)
         require_files(root, "story", [STORIES])
-        stories = _read(root / STORIES)
+        read = _read(root / STORIES)
+        if all(named is None for named, _ in read):
+            self.test_fraction = test_fraction
+            test = held_out((record.story_id for _, record in read), test_fraction)
+            read = [("test" if r.story_id in test else "train", r) for _, r in read]
+        stories = [(named or "train", record) for named, record in read]
+        if policy == "strict":
+            stories = _strict(stories)
         counted = Counter(of_split for of_split, _ in stories)
         self.counts = {name: counted[name] for name in SPLITS}
+        if self.test_fraction is not None:
+            self.notes += (held_out_note(self.counts, self.test_fraction),)
+        if shared := len(read) - len(stories):
+            self.notes += (
+                f"split_policy = strict: {shared} stories that share a frame with another split "
+                "are left out",
+            )
         self.records = [record for of_split, record in stories if of_split == split]
         require_stories(self)
 
@@ -66,12 +99,40 @@ class FolderSource(StorySource):
         return read_image(path)
 
 
-def _read(path: Path) -> list[tuple[str, StoryRecord]]:
-    """The stories of a file, each with its split."""
+def _strict(stories: list[tuple[str, StoryRecord]]) -> list[tuple[str, StoryRecord]]:
+    """The stories that the strict policy leaves; files with the same bytes are one frame."""
+    frames = _contents(path for _, record in stories for path in record.paths)
+
+    def window(record: StoryRecord) -> tuple[str, ...]:
+        return tuple(frames[path] for path in record.paths)
+
+    windows = {split: [window(r) for named, r in stories if named == split] for split in SPLITS}
+    claims = {split: chain.from_iterable(of_split) for split, of_split in windows.items()}
+    left = {split: set(of_split) for split, of_split in strict_windows(windows, claims).items()}
+    return [(split, record) for split, record in stories if window(record) in left[split]]
+
+
+def _contents(paths: Iterable[Path]) -> dict[Path, str]:
+    """A name for each file that is the same where the bytes are.
+
+    Only files of one size are read; what is no file or cannot be read stands for itself.
+    """
+    sizes = {path: os.path.getsize(path) if os.path.isfile(path) else None for path in set(paths)}
+    alike = Counter(sizes.values())
+    names = {path: str(path) for path in sizes}
+    for path, size in sizes.items():
+        if size is not None and alike[size] > 1:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                names[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return names
+
+
+def _read(path: Path) -> list[tuple[str | None, StoryRecord]]:
+    """The stories of a file, each with the split that it names."""
     return [_parse(line, where, path.parent) for where, line in read_lines(path)]
 
 
-def _parse(line: str, where: str, folder: Path) -> tuple[str, StoryRecord]:
+def _parse(line: str, where: str, folder: Path) -> tuple[str | None, StoryRecord]:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -80,9 +141,12 @@ def _parse(line: str, where: str, folder: Path) -> tuple[str, StoryRecord]:
     unknown = sorted(values.keys() - KEYS)
     require(not unknown, f"{where} has an unknown key {unknown[:1]}; {FORM}")
 
-    source_id, split = values.get("id"), values.get("split", "train")
+    source_id, split = values.get("id"), values.get("split")
     require(isinstance(source_id, str), f"{where} needs an id, a string; {FORM}")
-    require(split in SPLITS, f"{where}: split must be one of {', '.join(SPLITS)}; got {split!r}")
+    require(
+        "split" not in values or split in SPLITS,
+        f"{where}: split must be one of {', '.join(SPLITS)}; got {split!r}",
+    )
     story_id = file_name(source_id, where)
     frames = _five_texts(values, "frames", where)
     return split, StoryRecord(

@@ -7,6 +7,8 @@ Two policies say which stories a split has:
   its own. Where several splits claim a frame it is the test split's, else the training split's:
   evaluation keeps all its stories, training gives up what evaluation shows, and validation what
   either of them shows.
+
+Where a dataset names no splits, some stories are held out as the test split (`held_out`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from PIL import Image
 from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FRAMES, Example, FrameLabels
 from contextualstory_jax.data.pictures import fit_square
+from contextualstory_jax.errors import UserError
 
 Policy = Literal["published", "strict"]
 Window = tuple[str, ...]  # the published ids of a story's five frames
@@ -59,10 +62,14 @@ class StorySource(ABC):
     training split by (seed, epoch, story, frame), in the others always the same. Pictures are
     squares of `size` pixels; pickling a source is cheap, so that workers can have their own.
 
-    `counts` says how many stories each split of the dataset has.
+    `counts` says how many stories each split of the dataset has; `test_fraction` how large a part
+    of them is held out as the test split, None where the dataset names its splits; `notes` are
+    sentences about the splits for the user.
     """
 
     counts: Mapping[str, int]
+    test_fraction: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, split: str, size: int, seed: int):
         require(split in SPLITS, f"split must be one of {', '.join(SPLITS)}; got {split!r}")
@@ -161,12 +168,37 @@ def strict_windows(
     }
 
 
+class EmptySplit(UserError):
+    """A split has no stories; others may have some."""
+
+
 def require_stories(source: StorySource) -> None:
-    """Raise `UserError` where a split is empty."""
+    """Raise `EmptySplit` where a split is empty."""
     there = ", ".join(f"{split} {count}" for split, count in source.counts.items())
-    require(
-        len(source) > 0,
-        f"the split {source.split!r} has no stories; stories in each split are: {there}",
+    if len(source) == 0:
+        raise EmptySplit(
+            f"the split {source.split!r} has no stories; stories in each split are: {there}"
+        )
+
+
+def held_out(story_ids: Iterable[str], fraction: float) -> set[str]:
+    """The stories that form the test split where a dataset names no splits.
+
+    Those whose ids have the least hashes, whatever their order: a fraction of all, but at least
+    one, and never all.
+    """
+    unique = set(story_ids)
+    if fraction == 0 or len(unique) < 2:
+        return set()
+    count = min(max(round(fraction * len(unique)), 1), len(unique) - 1)
+    return set(sorted(unique, key=_hash)[:count])
+
+
+def held_out_note(counts: Mapping[str, int], fraction: float) -> str:
+    """A sentence that says how many stories are held out."""
+    return (
+        f"the stories name no split: {counts.get('test', 0)} of {sum(counts.values())} are held "
+        f"out as the test split (data.test_fraction = {fraction:g})"
     )
 
 

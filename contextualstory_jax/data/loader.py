@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import grain
@@ -15,7 +15,8 @@ from jaxtyping import Bool, Int32, Integer, UInt8
 
 from contextualstory_jax.config import require
 from contextualstory_jax.data.example import Example
-from contextualstory_jax.data.index import StorySource
+from contextualstory_jax.data.folder import FolderSource
+from contextualstory_jax.data.index import EmptySplit, StorySource
 from contextualstory_jax.data.prepared import PreparedSource, is_prepared, require_settings
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
@@ -32,9 +33,11 @@ __all__ = [
     "WaitMeter",
     "batches",
     "evaluation_batches",
+    "held_out_source",
     "open_stories",
     "process_rows",
     "read_batches",
+    "story_notes",
     "test_stories",
     "training_source",
 ]
@@ -71,6 +74,7 @@ def open_stories(config: DataConfig, split: str, size: int) -> StorySource | Sha
         size,
         policy=config.split_policy,
         captions=config.captions,
+        test_fraction=config.test_fraction,
         seed=config.seed,
     )
 
@@ -80,13 +84,41 @@ def training_source(config: DataConfig, size: int) -> StorySource | ShapesSource
     return open_stories(config, "train", size)
 
 
-def test_stories(config: DataConfig, size: int, count: int) -> list[Example]:
-    """The first stories of the test split, `count` where it has as many.
+def held_out_source(config: DataConfig, size: int) -> StorySource | ShapesSource:
+    """The test split or, where it has no stories, the training split.
 
     Raises as `open_stories` does.
     """
-    source = open_stories(config, "test", size)
+    try:
+        return open_stories(config, "test", size)
+    except EmptySplit:
+        return training_source(config, size)
+
+
+def test_stories(config: DataConfig, size: int, count: int) -> list[Example]:
+    """The first stories of `held_out_source`, `count` where it has as many; raises as it does."""
+    source = held_out_source(config, size)
     return [source[i] for i in range(min(count, len(source)))]
+
+
+def story_notes(
+    source: StorySource | ShapesSource, truncation_note: Callable[[Iterable[str]], str | None]
+) -> list[str]:
+    """Lines for the user on how a dataset is split and which of a folder's sentences are truncated.
+
+    Args: `truncation_note`, the tokenizer's. Prepared sentences were checked when they were
+    prepared.
+    """
+    if isinstance(source, ShapesSource):
+        return []
+    notes = list(source.notes)
+    if source.counts.get("test", 0) == 0:
+        notes.append("the test split has no stories: training stories are used in its place")
+    if isinstance(source, FolderSource):
+        stories = map(source.story, range(len(source)))
+        note = truncation_note(sentence for story in stories for sentence in story.sentences)
+        notes += [f"warning: {note}"] if note else []
+    return notes
 
 
 def batches(

@@ -20,16 +20,17 @@ from PIL import Image
 
 from contextualstory_jax.config import require
 from contextualstory_jax.data.candidates import candidates
-from contextualstory_jax.data.index import SPLITS, StoryRecord, StorySource
+from contextualstory_jax.data.index import SPLITS, EmptySplit, StoryRecord, StorySource
 from contextualstory_jax.data.prepared import PICTURES, STORIES, require_tfds
 from contextualstory_jax.data.problems import Finding, problems
 from contextualstory_jax.data.shards import finish, work_folder, write_pictures, write_stories
 from contextualstory_jax.data.sources import open_source
-from contextualstory_jax.errors import UserError
 from contextualstory_jax.recipe_config import DataConfig
 
 FILES_PER_SHARD = 256  # with pictures; 48 MiB at 256 pixels where each file has one
 MOST_TOKENS = 77  # of a caption, that the text tower reads
+LONG = "long caption"  # the finding that keeps no story out
+LONG_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +42,25 @@ class Report:
     pictures: int
     findings: tuple[Finding, ...]
     complete: bool
+    notes: tuple[str, ...] = ()  # on the splits
+
+    @property
+    def problems(self) -> list[Finding]:
+        """The findings because of which stories cannot be written: all but long captions."""
+        return [finding for finding in self.findings if finding.kind != LONG]
 
     def __str__(self) -> str:
-        counts = Counter(finding.kind for finding in self.findings)
+        counts = Counter(finding.kind for finding in self.problems)
+        long = [finding for finding in self.findings if finding.kind == LONG]
         splits = ", ".join(
             f"{split} {self.kept[split]}" + (f" of {count}" if count > self.kept[split] else "")
             for split, count in self.found.items()
         )
-        lines = [f"{finding.kind}: {finding.message}" for finding in self.findings]
+        lines = [f"{finding.kind}: {finding.message}" for finding in self.problems]
+        lines += [f"{LONG}: {finding.message:.160}" for finding in long[:LONG_NAMED]]
+        if long:
+            lines.append(f"truncated captions: {len(long)}")
+        lines += self.notes
         lines.append(f"stories: {splits}; pictures: {self.pictures}")
         lines.append(f"problems: {', '.join(f'{n} {k}' for k, n in counts.items()) or 'none'}")
         return "\n".join(lines)
@@ -67,10 +79,11 @@ def prepare(
     """Write the stories in `config.root` to a new folder, pictures of `size` x `size` pixels.
 
     Where something is wrong with them the folder does not appear. With `skip_broken` it does,
-    without the stories that lack a picture and those whose id an earlier one has; captions that are
-    too long stay, of which the model reads the beginning. Args: `token_count`, of a caption, by
-    default `least_tokens`; `progress`, told how many files with pictures are done, of how many.
-    Raises `UserError` for a folder that is not the dataset's, and where writing fails.
+    without the stories that lack a picture and those whose id an earlier one has. Captions of more
+    than 77 tokens are reported and kept: the tokenizer truncates them. Args: `token_count`, of a
+    caption, by default `least_tokens`; `progress`, called with the number of files with pictures
+    that are done, and of all. Raises `UserError` for a folder that is not the dataset's, and where
+    writing fails.
     """
     require_tfds()
     from contextualstory_jax.data.builders import BUILDERS, PictureShard, StoryShard
@@ -79,17 +92,19 @@ def prepare(
     require(workers >= 1, f"workers must be at least 1; got {workers}")
     sources = open_splits(config, size)
     stories = {split: [s.story(i) for i in range(len(s))] for split, s in sources.items()}
+    first = next(iter(sources.values()))
     files = tuple(dict.fromkeys(p for s in stories.values() for r in s for p in r.paths))
     settings = {
         "name": config.name,
         "split_policy": config.split_policy,
         "captions": config.captions,
+        "test_fraction": first.test_fraction,
         "size": size,
     }
     plan = settings | {"files": _digest(files, config)}
 
     with work_folder(out, plan) as work:
-        read = candidates(next(iter(sources.values())))
+        read = candidates(first)
         shards = [
             PictureShard(files[i : i + FILES_PER_SHARD], read, size)
             for i in range(0, len(files), FILES_PER_SHARD)
@@ -115,7 +130,8 @@ def prepare(
             kept={split: len(of_split) for split, of_split in kept.items()},
             pictures=sum(count for _, count in rows.values()),
             findings=tuple(findings.values()),
-            complete=skip_broken or not findings,
+            complete=skip_broken or all(f.kind == LONG for f in findings.values()),
+            notes=first.notes,
         )
         if report.complete:
             require(any(kept.values()), f"no story in {config.root} has all its pictures")
@@ -130,7 +146,7 @@ def open_splits(config: DataConfig, size: int) -> dict[str, StorySource]:
     """Each split of a published dataset that has stories. Raises `UserError` as sources do."""
     assert config.name != "shapes"
     opened: dict[str, StorySource] = {}
-    errors: dict[str, UserError] = {}
+    empty: list[EmptySplit] = []
     for split in SPLITS:
         try:
             opened[split] = open_source(
@@ -140,14 +156,13 @@ def open_splits(config: DataConfig, size: int) -> dict[str, StorySource]:
                 size,
                 policy=config.split_policy,
                 captions=config.captions,
+                test_fraction=config.test_fraction,
                 seed=config.seed,
             )
-        except UserError as error:
-            errors[split] = error
-    counts = next(iter(opened.values())).counts if opened else {}
-    for split, error in errors.items():
-        if counts.get(split) != 0:
-            raise error
+        except EmptySplit as error:
+            empty.append(error)
+    if not opened:
+        raise empty[0]
     return opened
 
 

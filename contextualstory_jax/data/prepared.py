@@ -21,7 +21,12 @@ from PIL import Image
 
 from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FrameLabels
-from contextualstory_jax.data.index import StoryRecord, StorySource, require_stories
+from contextualstory_jax.data.index import (
+    StoryRecord,
+    StorySource,
+    held_out_note,
+    require_stories,
+)
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.files import check_file
 from contextualstory_jax.recipe_config import DataConfig
@@ -57,13 +62,16 @@ class PreparedSource(StorySource):
         require_tfds()
         self.root = root
         stories, pictures = _open(root / STORIES), _open(root / PICTURES)
-        self.metadata = dict(stories.info.metadata or {})
+        self.metadata = _metadata(stories.info, root / STORIES)
+        self.test_fraction = self.metadata["test_fraction"]
         require(
             self.metadata["size"] == size,
             f"{root} holds pictures of {self.metadata['size']} pixels, and {size} are asked for; "
             f"prepare the dataset with --size {size}",
         )
         self.counts = {name: info.num_examples for name, info in stories.info.splits.items()}
+        if self.test_fraction is not None:
+            self.notes = (held_out_note(self.counts, self.test_fraction),)
         if split in self.counts:
             self._stories: Sequence[Any] = stories.as_data_source(split)
         else:
@@ -121,11 +129,13 @@ def _reopen(
 
 def require_settings(source: PreparedSource, config: DataConfig) -> None:
     """Raise `UserError` where a dataset was prepared with other settings than the recipe's."""
-    expected = {
+    expected: dict[str, object] = {
         "name": config.name,
         "split_policy": config.split_policy,
         "captions": config.captions,
     }
+    if source.test_fraction is not None:
+        expected["test_fraction"] = config.test_fraction
     for key, value in expected.items():
         prepared = source.metadata[key]
         require(
@@ -183,6 +193,19 @@ def _open(folder: Path) -> Any:
                 f"the shard {(cut or [folder])[0]} is damaged; prepare the dataset anew"
             )
     return builder
+
+
+def _metadata(info: Any, folder: Path) -> dict[str, Any]:
+    """The settings that a dataset was prepared with."""
+    kinds = {"name": str, "split_policy": str, "captions": str, "size": int}
+    damaged = f"{folder / 'metadata.json'} is damaged; prepare the dataset again"
+    try:
+        values = {"test_fraction": None} | dict(info.metadata or {})
+    except (TypeError, ValueError, OSError) as error:  # read when it is first asked for
+        raise UserError(damaged) from error
+    right = all(isinstance(values.get(key), kind) for key, kind in kinds.items())
+    require(right and isinstance(values["test_fraction"], int | float | None), damaged)
+    return values
 
 
 def _records(path: str) -> int:

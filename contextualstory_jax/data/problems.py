@@ -24,8 +24,8 @@ def problems(
 ) -> Iterator[Finding]:
     """Everything wrong with a source's stories, as it is found; every picture is decoded once.
 
-    `token_count` tells how many tokens a caption has, with those around it; more than `most` are
-    too many.
+    Args: `token_count`, of a caption, start and end included; of more than `most` the model reads
+    the beginning.
     """
     places: dict[str, int] = {}
     pictures: set[Path] = set()

@@ -40,12 +40,14 @@ DATASET = "dataset"  # in the folder of work: what gets its name at the end
 class _Note(NamedTuple):
     """What a shard holds: the number of records of each file, and of broken ones what is wrong.
 
-    `remarks` are those of its process so far, which the first process logs.
+    `remarks` are those of its process so far, which the first process logs. `stamps` are the
+    files' sizes and times of change when they were read.
     """
 
     counts: list[int]
     broken: dict[str, str]
     remarks: dict[str, str]
+    stamps: list[list[int] | None]
 
 
 def write_pictures(
@@ -61,7 +63,8 @@ def write_pictures(
     tasks = []
     for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
         note = _read_note(path)
-        if note is None or note.broken:  # what was broken may have been mended
+        # What was broken may have been fixed.
+        if note is None or note.broken or note.stamps != list(map(_stamp, shard.paths)):
             tasks.append((number, shard, builder.features, path))
         else:
             notes[number] = note
@@ -142,9 +145,11 @@ def _write_shard(
     """Write one shard of pictures, and then its note."""
     from contextualstory_jax.data.builders import picture_serializer
 
-    note, serialize = _Note([], {}, pictures.remarks), picture_serializer(features, shard.size)
+    note = _Note([], {}, pictures.remarks, [])
+    serialize = picture_serializer(features, shard.size)
     with _writer(path) as write:
         for file in shard.paths:
+            note.stamps.append(_stamp(file))  # before it is read, lest a change be missed
             try:
                 records = shard.records(file)
             except UserError as error:
@@ -155,6 +160,15 @@ def _write_shard(
             check()
     _write_text(_note_path(path), json.dumps(note))
     return number, note
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """The size of a file in bytes and when it was changed, in ns; None where there is none."""
+    try:
+        about = path.stat()
+    except (OSError, ValueError):
+        return None
+    return [about.st_size, about.st_mtime_ns]
 
 
 def _note_path(shard: Path) -> Path:

@@ -20,9 +20,10 @@ def open_source(
     *,
     policy: Policy = "published",
     captions: Captions = "blip2",
+    test_fraction: float = 0.05,
     seed: int = 0,
 ) -> StorySource:
-    """One split of a dataset on disk; `policy` is not for folders, `captions` for pororo alone.
+    """One split of a dataset on disk; `captions` are for pororo, `test_fraction` for folders.
 
     Raises `UserError` for a folder that is not the dataset's, or whose files are broken.
     """
@@ -32,7 +33,7 @@ def open_source(
         case "flintstones":
             return FlintstonesSource(root, split, size, policy=policy, seed=seed)
         case "folder":
-            return FolderSource(root, split, size)
+            return FolderSource(root, split, size, policy=policy, test_fraction=test_fraction)
 
 
 def require_unique(source: StorySource) -> None:
