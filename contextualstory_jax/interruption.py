@@ -10,6 +10,7 @@ In a Python program that uses the package Ctrl-C stays as it is.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import glob
 import os
@@ -21,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STATUS = 130  # as shells report a program that Ctrl-C ended
+HALT_SECONDS = 0.3  # to wait for the main thread, which may be inside XLA
+REMOVALS = 20  # of files that other threads still write
 
 
 class Interrupted(BaseException):
@@ -29,6 +32,8 @@ class Interrupted(BaseException):
 
 _requested = threading.Event()
 _read = threading.Event()  # a loop reads the flag
+_ending = threading.Event()
+_halted = threading.Event()  # the main thread waits for the end
 _temporary: set[str] = set()  # glob patterns of files and folders
 _watched = threading.Event()
 
@@ -83,7 +88,7 @@ def watching() -> Iterator[None]:
     os.set_blocking(written, False)
     # Python's own part of signal handling, which writes to the pipe, waits for no thread.
     previous_pipe = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
-    previous = signal.signal(signal.SIGINT, lambda *_: None)
+    previous = signal.signal(signal.SIGINT, _halt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a command that a command started
     threading.Thread(target=_watch, args=(noticed,), name="Ctrl-C", daemon=True).start()
     # That thread receives the signal. What this one starts inherits that it is blocked: processes
@@ -135,8 +140,9 @@ def end() -> None:
         if "multiprocessing" in sys.modules:
             for child in sys.modules["multiprocessing"].active_children():
                 child.kill()
-        for pattern in list(_temporary):
-            _remove(pattern)
+        for _ in range(REMOVALS):
+            if not any([_remove(pattern) for pattern in list(_temporary)]):
+                break
     finally:
         os._exit(STATUS)  # the main thread may be inside XLA, and threads wait for one another
 
@@ -147,13 +153,28 @@ def _watch(noticed: int) -> None:
         if received[0] != signal.SIGINT:
             continue
         if _requested.is_set():
-            end()
+            _halt_and_end()
         _requested.set()
         if not _read.is_set():
             _say("interrupted")
-            end()
+            _halt_and_end()
         _say("interrupted; finishing the current step (Ctrl-C again to stop at once)")
     os.close(noticed)
+
+
+def _halt_and_end() -> None:
+    """End the process, in which the main thread, where it runs Python, writes nothing more."""
+    _ending.set()
+    _thread.interrupt_main(signal.SIGINT)
+    _halted.wait(HALT_SECONDS)
+    end()
+
+
+def _halt(*_: object) -> None:
+    """Handle the signal, in the main thread and between two of its instructions."""
+    if _ending.is_set():
+        _halted.set()
+        threading.Event().wait()
 
 
 def _say(line: str) -> None:
@@ -162,10 +183,13 @@ def _say(line: str) -> None:
         print("\n" * bool(bars) + line, file=sys.stderr, flush=True)
 
 
-def _remove(pattern: str) -> None:
-    for path in glob.glob(pattern):
+def _remove(pattern: str) -> bool:
+    """Remove files and folders; whether there were any."""
+    found = glob.glob(pattern)
+    for path in found:
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+    return bool(found)

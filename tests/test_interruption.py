@@ -16,6 +16,8 @@ from contextualstory_jax import interruption
 from contextualstory_jax.cli import run
 
 ROOT = Path(__file__).parents[1]
+# Of a job in a shell's background it is ignored, and what that starts inherits this.
+INTERRUPTIBLE = ("env", "--default-signal=INT")
 STOPPING = "interrupted; finishing the current step (Ctrl-C again to stop at once)"
 COMMAND = """
 import signal, sys, time
@@ -50,15 +52,13 @@ def start(tmp_path: Path) -> Iterator:
         lines = [f"    {line}" for line in body.strip().splitlines()]
         script.write_text(COMMAND.format(body="\n".join(lines)))
         process = subprocess.Popen(
-            [sys.executable, str(script)],
+            [*INTERRUPTIBLE, sys.executable, str(script)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # A job in a shell's background has it ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         running.append(process)
         assert process.stdout and process.stdout.readline() == "ready\n"
@@ -176,11 +176,10 @@ def test_a_job_for_which_it_is_ignored_runs_on(start):
     process.kill()
     process.communicate()
     ignoring = subprocess.Popen(
-        process.args,
+        ["env", "--ignore-signal=INT", *process.args[2:]],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     assert ignoring.stdout and ignoring.stdout.readline() == "ready\n"
 
