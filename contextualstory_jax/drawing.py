@@ -31,8 +31,9 @@ from contextualstory_jax.diffusion.samplers import (
 )
 from contextualstory_jax.model import Parts, StoryModel
 from contextualstory_jax.models.blocks import TextKeysValues
+from contextualstory_jax.models.fused_attention import attention_on
 from contextualstory_jax.processes import compiled_together
-from contextualstory_jax.sharding import BATCH, Placement, batch_ways
+from contextualstory_jax.sharding import BATCH, HEADS, Placement, batch_ways
 
 DECODED_AT_ONCE = 4  # stories on a device
 
@@ -176,12 +177,15 @@ def generation_programs(model: StoryModel, placement: Placement) -> Programs:
     everywhere: Any = NamedSharding(placement.mesh, PartitionSpec())
     shared = Conditioning(by_story, by_story, by_story, by_story, everywhere, everywhere)
 
+    @attention_on(placement.mesh, HEADS)
     def prepare_batch(branches: int, params: Parts, *arguments: Any) -> tuple[Conditioning, Array]:
         return prepare(model, branches, placement.whole(params), *arguments)
 
+    @attention_on(placement.mesh, HEADS)
     def denoise_batch(branches: int, params: Parts, *arguments: Any) -> State:
         return take_steps(model, branches, placement.whole(params), *arguments)
 
+    @attention_on(placement.mesh, HEADS)
     def decode_batch(
         params: Parts, clean_first: Array | None, latents: Array
     ) -> tuple[Array, Array]:

@@ -34,6 +34,7 @@ RULES = (
     ShardingRule(r".*\.(kernel|embedding|pos_embed)", ("fsdp",)),  # output features
 )
 BATCH = PartitionSpec(("data", "fsdp"))
+HEADS = PartitionSpec(*BATCH, None, "tensor")  # of queries, keys and values, `b s n k`
 LARGE = 2**20  # values; a parameter of so many that no rule splits is refused
 
 

@@ -23,10 +23,11 @@ from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, t
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
 from contextualstory_jax.model import Parts, StoryModel, clamp
+from contextualstory_jax.models.fused_attention import attention_on
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
-from contextualstory_jax.sharding import Placement
+from contextualstory_jax.sharding import HEADS, Placement
 
 
 @no_type_check  # of arrays here; JAX makes others, of shapes and of shardings
@@ -322,6 +323,7 @@ def make_validation(
     """
     config = dataclasses.replace(config, text_drop=0.0, first_frame_drop=0.0)
 
+    @attention_on(placement.mesh, HEADS)
     def validate(trained: Parts, frozen: Parts, batch: Batch) -> Float[Array, ""]:
         params = merge_parts(clamp(trained), frozen)
         params, batch = placement.whole(_cast(params, model.dtype)), placement.split(batch)

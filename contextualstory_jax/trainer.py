@@ -47,6 +47,7 @@ from contextualstory_jax.errors import UserError
 from contextualstory_jax.initial import initial_params, tokenizer_folder
 from contextualstory_jax.latents import open_latents, require_same_weights
 from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.models.fused_attention import attention_on
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.orbax_checkpoints import Checkpoints, Damaged, latest_step
 from contextualstory_jax.output import whole
@@ -63,7 +64,7 @@ from contextualstory_jax.processes import (
 from contextualstory_jax.progress import Profile, Progress, starting
 from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.scalars import NoWriter, ScalarWriter
-from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
+from contextualstory_jax.sharding import BATCH, HEADS, Placement, batch_ways, make_mesh
 from contextualstory_jax.state import (
     Batch,
     Encoded,
@@ -284,7 +285,7 @@ def step_program(
     """
     placed = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
-        make_train_step(model, config, null, placement),
+        attention_on(placement.mesh, HEADS)(make_train_step(model, config, null, placement)),
         donate_argnums=0,
         in_shardings=(placed, NamedSharding(placement.mesh, BATCH)),
         out_shardings=(placed, NamedSharding(placement.mesh, PartitionSpec())),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from contextualstory_jax.models import attention as models_attention
 from contextualstory_jax.models.attention import (
     GEGLU,
     RotaryEmbedding,
     attention,
-    has_cudnn_attention,
     rotate,
     seta_attention,
     seta_mask,
@@ -296,57 +293,3 @@ def test_the_gate_is_the_exact_gelu():
     layer = network.bind({"proj.kernel": jnp.ones((1, 2)), "proj.bias": jnp.zeros(2)})
 
     np.testing.assert_allclose(layer(jnp.ones((1, 1))).item(), 0.841345, atol=1e-6)
-
-
-# Which implementation computes it
-
-
-@pytest.mark.parametrize(
-    ("backend", "capabilities", "there"),
-    [
-        ("gpu", ["9.0"], True),
-        ("gpu", ["8.0"], True),
-        ("gpu", ["7.5"], False),
-        ("gpu", ["gfx942"], False),
-        ("gpu", ["9.0", "9.0"], False),
-        ("tpu", ["9.0"], False),
-        ("cpu", ["9.0"], False),
-    ],
-)
-def test_cudnn_is_asked_of_one_gpu_that_has_it(monkeypatch, backend, capabilities, there):
-    devices = [types.SimpleNamespace(compute_capability=c) for c in capabilities]
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
-    monkeypatch.setattr(jax, "devices", lambda: devices)
-
-    assert has_cudnn_attention() == there
-
-
-@pytest.mark.parametrize(
-    ("dtype", "queries", "channels", "masked", "chosen"),
-    [
-        (jnp.bfloat16, 256, 64, False, True),
-        (jnp.float16, 1024, 128, False, True),
-        (jnp.float32, 1024, 64, False, False),
-        (jnp.bfloat16, 64, 64, False, False),
-        (jnp.bfloat16, 256, 160, False, False),
-        (jnp.bfloat16, 256, 20, False, False),
-        (jnp.bfloat16, 256, 64, True, False),
-    ],
-)
-def test_cudnn_computes_what_it_takes_and_what_is_large(
-    monkeypatch, dtype, queries, channels, masked, chosen
-):
-    asked = []
-
-    def attend(q, k, v, *, implementation):
-        asked.append(implementation)
-        return q
-
-    monkeypatch.setattr(models_attention, "has_cudnn_attention", lambda: True)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
-    q, k = jnp.zeros((1, queries, 2, channels), dtype), jnp.zeros((1, 77, 2, channels), dtype)
-
-    attention(q, k, k, np.ones((queries, 77), bool) if masked else None)
-
-    assert asked == ["cudnn"] * chosen

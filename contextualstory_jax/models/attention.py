@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from contextualstory_jax.models.fused_attention import fused_attention, suits_cudnn
 from contextualstory_jax.models.layers import linear, parameter
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -38,7 +38,7 @@ def attention(
     """
     if mask is None and suits_cudnn(q):
         flat = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
-        return jax.nn.dot_product_attention(*flat, implementation="cudnn").reshape(q.shape)
+        return fused_attention(*flat).reshape(q.shape)
     # Heads first, and divided by the sum after the product with values, not before: scores are the
     # largest arrays. On a CPU this takes less time than jax.nn.dot_product_attention does.
     q, k, v = (jnp.swapaxes(x, -3, -2) for x in (q, k, v))
@@ -50,34 +50,6 @@ def attention(
     out = einsum("... q s, ... s k -> ... q k", weights.astype(v.dtype), v)
     out = out / weights.sum(axis=-1, keepdims=True)
     return jnp.swapaxes(out.astype(v.dtype), -3, -2)
-
-
-def has_cudnn_attention() -> bool:
-    """Whether JAX computes on one NVIDIA GPU, of Ampere or later.
-
-    On several, XLA knows how to split its own attention by heads; cuDNN's was not tried.
-    """
-    if jax.default_backend() != "gpu" or jax.device_count() > 1:
-        return False
-    # Of other makers' GPUs JAX gives no such number.
-    capability = re.fullmatch(r"(\d+)\.\d+", str(jax.devices()[0].compute_capability))
-    return capability is not None and int(capability[1]) >= 8
-
-
-def suits_cudnn(q: Float[Array, "*batch q n k"]) -> bool:
-    """Whether cuDNN's fused attention is to compute queries of this kind, which see all keys.
-
-    That is where scores are so many that writing them would cost more than computing them. cuDNN
-    takes 16-bit numbers, and heads of a multiple of 8 and, before Hopper, up to 128 channels.
-    """
-    queries, _, channels = q.shape[-3:]
-    return (
-        has_cudnn_attention()
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and queries >= 256
-        and channels % 8 == 0
-        and channels <= 128
-    )
 
 
 def with_halo(x: Array, axis: int, tile: int) -> Array:
