@@ -167,7 +167,6 @@ COLOURS = [
     kept(
         "cmyk dark", saved(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "TIFF"), np.zeros((8, 8, 3))
     ),
-    refused("ycbcr tiff uncompressed", saved(flat.convert("YCbCr"), "TIFF"), "replace"),
     kept("ycbcr jpeg tiff", saved(flat, "TIFF", compression="jpeg"), FLAT, 60),
     kept(
         "lab tiff",

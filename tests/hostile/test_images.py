@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax import generate
-from contextualstory_jax.data import pictures
+from contextualstory_jax.data import pictures, preparation
 from contextualstory_jax.data.folder import FolderSource
 from contextualstory_jax.data.pictures import fit_square, read_image
-from contextualstory_jax.data.preparation import prepare
 from contextualstory_jax.data.prepared import PreparedSource
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.pipeline import StoryPipeline
 from contextualstory_jax.recipe_config import DataConfig
 from tests.hostile.files import encoded, turned
 from tests.hostile.image_cases import BOMBS, CASES, ImageCase
+from tests.published_folders import write_story_folder
 
 SIZE = 16
 SENTENCES = [f"Mia counts to {k}." for k in range(5)]
@@ -55,7 +55,7 @@ def stories(folder: Path) -> FolderSource:
 @pytest.fixture(scope="module")
 def findings(folder: Path) -> dict[str, str]:
     """By the names of files, what preparing the folder says of them."""
-    report = prepare(
+    report = preparation.prepare(
         DataConfig(name="folder", root=str(folder)), folder / "out", SIZE, skip_broken=True
     )
     assert report.complete
@@ -151,6 +151,22 @@ def test_a_prepared_image_is_the_folder_s(case, folder, stories, findings):
 @of(BAD)
 def test_preparing_names_a_bad_image(case, findings):
     assert_refuses(findings[case.file], case)
+
+
+@pytest.mark.slow
+def test_several_processes_say_it_once(tmp_path, monkeypatch, caplog, capfd):
+    monkeypatch.setattr(pictures, "remarks", {})
+    monkeypatch.setattr(preparation, "FILES_PER_SHARD", 1)
+    root = write_story_folder(tmp_path / "source", counts={"train": 1})
+    for path in (root / "pictures").iterdir():
+        Image.new("RGBA", (8, 8)).save(path)
+
+    config = DataConfig(name="folder", root=str(root))
+    preparation.prepare(config, tmp_path / "out", SIZE, workers=2)
+
+    (message,) = caplog.messages
+    assert "transparent pixels" in message
+    assert "transparent" not in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------ memory
