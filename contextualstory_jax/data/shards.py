@@ -176,9 +176,18 @@ def _note_path(shard: Path) -> Path:
 
 
 def _read_note(shard: Path) -> _Note | None:
-    """What an earlier run noted of a shard."""
-    path = _note_path(shard)
-    return _Note(*json.loads(path.read_text())) if path.exists() else None
+    """What an earlier run noted of a shard; None where either is missing or the note damaged."""
+    note = _read_json(_note_path(shard))
+    intact = isinstance(note, list) and len(note) == len(_Note._fields) and shard.is_file()
+    return _Note(*note) if intact else None
+
+
+def _read_json(path: Path) -> Any:
+    """What an earlier run wrote to a file; None where that is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 @contextlib.contextmanager
@@ -227,7 +236,7 @@ def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
         except BlockingIOError as error:
             raise UserError(f"another run is writing {work}; wait until it is done") from error
         noted = work / "plan.json"
-        if not noted.exists() or json.loads(noted.read_text()) != plan:
+        if _read_json(noted) != plan:
             for folder in ("notes", DATASET):
                 shutil.rmtree(work / folder, ignore_errors=True)
             _write_text(noted, json.dumps(plan))

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from contextualstory_jax.data import preparation
 from contextualstory_jax.data.loader import open_stories
+from contextualstory_jax.data.prepared import PreparedSource
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.recipe_config import DataConfig
 from tests.hostile.files import NO_FILES, Write, content, replaced
@@ -86,8 +88,12 @@ CASES = [
         ShardCase(f"{file}: {kind}", file, content(text))
         for file in JSONS
         for kind, text in TEXTS.items()
-        # Training needs nothing of the second.
-        if not file.endswith("metadata.json")
+        # Training needs nothing of it.
+        if file != "pictures/metadata.json"
+    ),
+    *(
+        ShardCase(f"metadata without {key}", METADATA, metadata(**{key: ...}))
+        for key in ("name", "split_policy", "captions", "size")
     ),
     *(
         ShardCase(f"metadata with {key} = {value!r}", METADATA, metadata(**{key: value}))
@@ -117,14 +123,28 @@ CASES = [
 ]
 
 
+class Stop(Exception):
+    pass
+
+
+def stop(done: int, total: int) -> None:
+    """Stop a run when it has written its second shard."""
+    if done >= 8:
+        raise Stop
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    root = write_story_folder(tmp_path_factory.mktemp("source"))
+    return DataConfig(name="folder", root=str(root))
+
+
+@pytest.fixture(scope="module")
+def prepared(source: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared dataset, to be copied."""
-    folder = tmp_path_factory.mktemp("prepared")
-    source = write_story_folder(folder / "source")
-    config = DataConfig(name="folder", root=str(source))
-    assert preparation.prepare(config, folder / "out", SIZE).complete
-    return folder / "out"
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    assert preparation.prepare(source, out, SIZE).complete
+    return out
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -142,3 +162,34 @@ def test_a_damaged_dataset_is_refused(case, prepared, tmp_path):
     assert "\n" not in message
     assert str(root) in message
     assert all(word in message for word in case.says)
+
+
+STOPPED = {
+    f"{name}: {kind}": (name, write)
+    for name in ("plan.json", "notes/*.json", "dataset/pictures/*-of-*")
+    for kind, write in (
+        *((kind, content(text)) for kind, text in TEXTS.items()),
+        ("missing", lambda path: path.unlink()),
+    )
+    if kind == "missing" or "pictures" not in name  # a shard that has its note is not read again
+}
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_a_stopped_run_that_was_damaged_is_begun_again(
+    case, source, prepared, tmp_path, monkeypatch
+):
+    name, write = STOPPED[case]
+    monkeypatch.setattr(preparation, "FILES_PER_SHARD", 4)
+    with pytest.raises(Stop):
+        preparation.prepare(source, tmp_path / "out", SIZE, progress=stop)
+    found = list((tmp_path / "out.partial").glob(name))
+    assert found
+    for path in found:
+        write(path)
+
+    assert preparation.prepare(source, tmp_path / "out", SIZE).complete
+
+    ours, theirs = (PreparedSource(root, "train", SIZE) for root in (tmp_path / "out", prepared))
+    for index in range(len(theirs)):
+        np.testing.assert_array_equal(ours[index].images, theirs[index].images)
