@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -356,9 +355,3 @@ def test_the_packages_names_are_there_and_no_others():
     assert callable(contextualstory_jax.train_and_evaluate)
     with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
         _ = contextualstory_jax.Pipeline
-
-
-def test_the_version_is_that_of_the_project():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-
-    assert contextualstory_jax.__version__ == project["version"]
