@@ -1,6 +1,6 @@
 r"""The published recipe on FlintstonesSV for continuation: a first picture and five sentences in.
 
-    python -m contextualstory_jax.train --config configs/flintstones_continuation.py \
+    contextualstory-jax train --config flintstones_continuation \
         --config.data.root=DIR --workdir run
 
 Source: the original's `configs/continuation/training_contextualstory_sc_flintstones.yaml`, which is

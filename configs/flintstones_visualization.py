@@ -1,6 +1,6 @@
 r"""The published recipe on FlintstonesSV: five sentences in, five pictures out.
 
-    python -m contextualstory_jax.train --config configs/flintstones_visualization.py \
+    contextualstory-jax train --config flintstones_visualization \
         --config.data.root=DIR --workdir run
 
 Source: the original's `configs/visualization/training_contextualstory_sv_flintstones.yaml`, which

@@ -1,6 +1,6 @@
 r"""The published recipe on PororoSV for continuation: a first picture and five sentences in.
 
-    python -m contextualstory_jax.train --config configs/pororo_continuation.py \
+    contextualstory-jax train --config pororo_continuation \
         --config.data.root=DIR --workdir run
 
 Source: the original's `configs/continuation/training_contextualstory_sc_pororo.yaml`, which is the

@@ -1,7 +1,7 @@
 r"""The published recipe on PororoSV: five sentences in, five pictures out.
 
-    python convert_weights.py SD21 stable-diffusion-2-1-base
-    python -m contextualstory_jax.train --config configs/pororo_visualization.py \
+    contextualstory-jax convert SD21 stable-diffusion-2-1-base
+    contextualstory-jax train --config pororo_visualization \
         --config.data.root=DIR --workdir run
 
 SD21 is a folder, or a Hub id, of Stable Diffusion 2.1-base, from which training starts; DIR holds

@@ -1,6 +1,6 @@
 """The embedded stories: the whole method at a size that a laptop trains, with nothing to download.
 
-    python -m contextualstory_jax.train --config configs/shapes.py --workdir runs/shapes
+    contextualstory-jax train --config shapes --workdir runs/shapes
 
 All three of the paper's modules are on: SETA, Storyline Contextualizer and StoryFlow Adapter.
 """
