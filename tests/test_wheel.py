@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import site
 import subprocess
 import sys
@@ -18,19 +17,21 @@ import pytest
 
 from contextualstory_jax.recipes import CONFIGS
 from tests.published_folders import write_story_folder
-from tests.released import WEIGHT_FILES, tiny_folder
+from tests.released import WEIGHT_FILES, read_weights, tiny_folder
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-# The embedded stories' model, made tiny.
+# The embedded stories' model, made tiny and trained on a folder, its text encoder frozen.
 TINY = [
     *("--config.model.height=16", "--config.model.width=16", "--config.model.vae.patch=4"),
     *("--config.model.unet.in_channels=48", "--config.model.unet.out_channels=48"),
-    *("--config.model.unet.block_out_channels=(32,)", "--config.model.unet.attention_head_dim=2"),
+    *("--config.model.unet.block_out_channels=(32,)", "--config.model.sampling.steps=2"),
     "--config.model.unet.down_block_types=('CrossAttnDownBlock2D',)",
     "--config.model.unet.up_block_types=('CrossAttnUpBlock2D',)",
+    *("--config.model.unet.attention_head_dim=(2,)", "--config.trainable=('unet.*',)"),
     *("--config.batch_size=2", "--config.steps=2", "--config.sample_every=1000"),
+    *("--config.data.name=folder", "--config.data.root=shards"),
 ]
 STORY = ["--sentence", "mia is here .", "she waves .", "otto jumps .", "they nap .", "mia goes ."]
 
@@ -93,48 +94,50 @@ def test_an_sdist_builds_the_same_wheel_which_holds_the_configs(wheel, tmp_path)
             assert archive.read(f"contextualstory_jax/configs/{config.name}") == config.read_bytes()
 
 
-def test_a_released_model_is_converted_used_and_exported(run, tmp_path):
+def test_published_configs_that_build_on_others_are_read(run):
+    read = "from contextualstory_jax.recipes import load_recipe as r; print(r('{}').data.name)"
+
+    for name in ("flintstones_continuation", "pororo_continuation"):
+        shown = run("-c", read.format(name), program=("python",))
+        assert shown == f"{name.removesuffix('_continuation')}\n"
+
+
+def test_a_released_model_is_converted_and_exported(run, tmp_path):
     released = tiny_folder(tmp_path / "released")
 
     run("convert", released, "converted")
-    small = ("--height", 16, "--width", 16, "--steps", 2)
-    run("generate", "--checkpoint", "converted", "--out", "images", *small, *STORY)
-    run("converted", "exported", program=("python", "-m", "contextualstory_jax.export"))
+    run("export", "converted", "exported")
 
-    assert len(list(run.folder.glob("images/story/frame_*.png"))) == 5
-    for file in WEIGHT_FILES.values():
-        assert (run.folder / "exported" / file).read_bytes() == (released / file).read_bytes()
+    for part in WEIGHT_FILES:
+        exported, original = (read_weights(f, part) for f in (run.folder / "exported", released))
+        assert exported.keys() == original.keys()
+        assert all(exported[key].tobytes() == original[key].tobytes() for key in original)
+
+
+def test_library_modules_of_a_command_s_name_are_the_command(run):
+    for name in ("convert", "export"):
+        usage = run("--help", program=("python", "-m", f"contextualstory_jax.{name}"))
+        assert usage.startswith(f"usage: contextualstory-jax {name} ")
 
 
 def test_the_model_that_ships_generates(run):
-    run("generate", "--out", "shipped", "--steps", 2, *STORY)
+    run("generate", "--out", "images", "--steps", 2, *STORY)
 
-    assert (run.folder / "shipped" / "story" / "grid.png").is_file()
-
-
-def test_a_published_config_trains(run):
-    run("train", "--config", "shapes", "--workdir", "shapes", *TINY)
-
-    assert metrics(run.folder / "shapes")[-1]["step"] == 2
+    assert len(list(run.folder.glob("images/story/frame_*.png"))) == 5
 
 
 def test_a_folder_of_stories_is_prepared_encoded_trained_on_and_evaluated(run, tmp_path):
     stories = write_story_folder(tmp_path / "stories")
-    shutil.copy(ROOT / "tests" / "tiny_stories_recipe.py", run.folder / "tiny.py")
-    data = ["--config", "tiny.py", "--config.data.name=folder", "--config.data.root=shards"]
-    latents = ["--config.init_from=start", "--config.data.latents=latents", "--config.steps=2"]
+    shapes = ["--config", "shapes", *TINY]
 
     run("prepare", "folder", "--source", stories, "--out", "shards", "--size", 16)
-    run("train", *data, "--workdir", "start", "--config.steps=1")
-    run("cache-latents", *data, "--checkpoint", "start", "--out", "latents")
-    run("train", *data, "--workdir", "trained", *latents)
-    means = run("storyflow-mean", *data, "--checkpoint", "trained", "--write")
-    run("evaluate", *data, "--checkpoint", "trained", "--out", "evaluation")
+    run("train", *shapes, "--workdir", "run")
+    encoded = run("cache-latents", *shapes, "--checkpoint", "run", "--out", "latents")
+    means = run("storyflow-mean", *shapes, "--checkpoint", "run", "--write")
+    run("evaluate", *shapes, "--checkpoint", "run", "--out", "evaluation")
 
-    assert metrics(run.folder / "trained")[-1]["step"] == 2
-    assert "stored in checkpoint 2 of trained" in means
+    steps = [json.loads(line)["step"] for line in (run.folder / "run/metrics.jsonl").open()]
+    assert steps == [2]
+    assert "3 stories" in encoded
+    assert "stored in checkpoint 2 of run" in means
     assert (run.folder / "evaluation" / "index.html").is_file()
-
-
-def metrics(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
