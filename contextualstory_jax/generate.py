@@ -17,7 +17,6 @@ from tqdm import tqdm
 from contextualstory_jax import __version__
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.config import CameraMotion, FrameInitConfig, SamplingConfig, require
-from contextualstory_jax.data.pictures import read_image
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.files import check_file
 from contextualstory_jax.interruption import check
@@ -25,7 +24,6 @@ from contextualstory_jax.output import check_writable, write_json, write_latents
 from contextualstory_jax.stories import (
     StoryText,
     check_sentence,
-    fit_picture,
     folder_name,
     read_jsonl,
     read_txt,
@@ -45,7 +43,11 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="DIR", help="default: the model that ships")
+    add(
+        "--checkpoint",
+        metavar="DIR",
+        help="a folder or a Hub id, converted once; default: the model that ships",
+    )
     add("--about", action="store_true", help="print which sentences the model knows, and exit")
     add("--out", type=Path, metavar="DIR", required=not about, help="made where it is not there")
     stories = parser.add_mutually_exclusive_group(required=not about)
@@ -63,15 +65,22 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     )
     add(
         "--first-frame",
+        "--image",
         type=Path,
-        metavar="PICTURE",
+        metavar="IMAGE",
         help="to continue from, with --story or --sentence; cropped in the middle to the shape",
     )
     add("--seed", type=int, default=0, metavar="N", help="with the id it decides a story's noise")
     hints = typing.get_type_hints(SamplingConfig)
     add("--scheduler", choices=typing.get_args(hints["scheduler"]), help="solver of the denoising")
-    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("--steps", "--num-inference-steps", type=int, metavar="N", help="denoising steps")
     add("--guidance-scale", type=float, metavar="G", help="how much text counts; up to 1: unguided")
+    add(
+        "--negative-prompt",
+        nargs="+",
+        metavar="S",
+        help="text that guidance leads away from: one for all frames, or one each; default: empty",
+    )
     add("--image-guidance-scale", type=float, metavar="G", help="the same for the first frame")
     add("--guidance-rescale", type=float, metavar="R", help="0 to 1, against overexposure")
     add("--eta", type=float, metavar="E", help="ddim's share of new noise in each step, 0 to 1")
@@ -88,7 +97,13 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--batch-size", type=int, default=8, metavar="N", help="stories at once; default: 8")
     latents = "float32 (stories, frames, h, w, c)"
-    add("--initial-latents", type=Path, metavar="FILE.npy", help=f"start from these; {latents}")
+    add(
+        "--initial-latents",
+        "--latents",
+        type=Path,
+        metavar="FILE.npy",
+        help=f"start from these; {latents}",
+    )
     add("--no-captions", action="store_true", help="no sentences in grid.png and story.gif")
     add("--save-latents", type=Path, metavar="FILE.npy", help=f"write the final ones; {latents}")
     return parser.parse_args(argv)
@@ -134,30 +149,31 @@ def main(
     if arguments.save_latents:
         check_writable(arguments.save_latents.parent)
     # JAX takes seconds to import, and neither --help nor a mistake need wait for it.
-    from contextualstory_jax.compilation import use_compilation_cache
-    from contextualstory_jax.pipeline import SHIPPED, Story, StoryPipeline
+    from contextualstory_jax.arguments import Story, read_first_frame, read_size
+    from contextualstory_jax.pipeline import StoryPipeline
+    from contextualstory_jax.pretrained import find_checkpoint
 
-    use_compilation_cache()
-    checkpoint = arguments.checkpoint or SHIPPED
+    checkpoint = find_checkpoint(arguments.checkpoint)
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
     warn_of_unknown_words(checkpoint, texts)
     if note := pipeline.tokenizer.truncation_note(s for text in texts for s in text.sentences):
         print(f"warning: {note}", file=sys.stderr)
     config = pipeline.model.config
-    height = config.height if arguments.height is None else arguments.height
-    width = config.width if arguments.width is None else arguments.width
-    config.latent_size(height, width)  # refuses a size before pictures are brought to it
+    size = height, width = read_size(config, arguments.height, arguments.width)
+    fitted = None if arguments.camera_motion else size
     stories = []
     for text in texts:
-        picture = text.first_frame and np.asarray(read_image(text.first_frame))
-        if picture is not None and arguments.camera_motion is None:
-            picture = fit_picture(picture, height, width)
-        stories.append(Story(text.sentences, text.id, picture))
+        image = text.first_frame and read_first_frame("first frame", text.first_frame, fitted)
+        stories.append(Story(text.sentences, text.id, image))
+    negative_prompt = arguments.negative_prompt
+    if negative_prompt and len(negative_prompt) == 1:
+        (negative_prompt,) = negative_prompt
     drawings = pipeline.draw_batches(
         stories,
         seed=arguments.seed,
         sampling=override(config.sampling, arguments),
-        size=(height, width),
+        size=size,
+        negative_prompt=negative_prompt,
         storyflow=arguments.storyflow,
         batch_size=arguments.batch_size,
         initial_latents=initial_latents,
@@ -193,6 +209,7 @@ def main(
             "seed": arguments.seed,
             "settings": {
                 **dataclasses.asdict(override(config.sampling, arguments)),
+                "negative_prompt": negative_prompt,
                 "height": height,
                 "width": width,
                 "storyflow": arguments.storyflow or pipeline.storyflow.tolist(),
@@ -211,17 +228,17 @@ def main(
     print(f"{len(texts)} {'story' if len(texts) == 1 else 'stories'} in {arguments.out}")
 
 
-def print_about(checkpoint: Path | None) -> None:
-    """Print what the model in a checkpoint folder, by default the one that ships, understands.
+def print_about(checkpoint: str | None) -> None:
+    """Print the sentences that a model, by default the one that ships, understands.
 
     Raises `UserError` where there is none.
     """
     from contextualstory_jax.about import about
     from contextualstory_jax.checkpoint import read_model
-    from contextualstory_jax.pipeline import SHIPPED
+    from contextualstory_jax.pretrained import find_checkpoint
     from contextualstory_jax.vocabulary import read_vocabulary
 
-    folder = checkpoint or SHIPPED
+    folder = find_checkpoint(checkpoint)
     print(about(read_model(folder), read_vocabulary(folder)))
 
 

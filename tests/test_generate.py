@@ -68,6 +68,7 @@ def test_stories_json_says_how_they_were_drawn(drawn, tiny_checkpoint):
             "image_guidance_scale": 1.0,
             "guidance_rescale": 0.0,
             "eta": 0.0,
+            "negative_prompt": None,
             "height": 16,
             "width": 16,
             "storyflow": [5.0, 5.0, 5.0, 5.0],
@@ -145,6 +146,7 @@ def test_a_jsonl_file_gives_a_folder_a_story(tiny_checkpoint, tmp_path, capsys):
         ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
         + ["--stories", str(tmp_path / "stories.jsonl"), "--batch-size", "2"]
         + ["--storyflow", "1,2,3.5,4", "--guidance-scale", "3", "--scheduler", "euler"]
+        + ["--num-inference-steps", "3", "--negative-prompt", "A dog."]
     )
 
     told = json.loads((tmp_path / "out" / "stories.json").read_text())
@@ -152,6 +154,8 @@ def test_a_jsonl_file_gives_a_folder_a_story(tiny_checkpoint, tmp_path, capsys):
     assert told["settings"]["storyflow"] == [1.0, 2.0, 3.5, 4.0]
     assert told["settings"]["guidance_scale"] == 3.0
     assert told["settings"]["scheduler"] == "euler"
+    assert told["settings"]["steps"] == 3
+    assert told["settings"]["negative_prompt"] == "A dog."
     for folder in ("s1_a", "b", "c"):
         assert {path.name for path in (tmp_path / "out" / folder).glob("frame_*")} == set(FRAMES)
     printed = capsys.readouterr()
@@ -187,7 +191,7 @@ def test_a_camera_moves_over_a_picture_wider_than_the_frame(tiny_continuation_ch
 
     generate.main(
         ["--checkpoint", str(tiny_continuation_checkpoint), "--out", str(tmp_path / "out")]
-        + [*SAID, "--first-frame", str(tmp_path / "first.png"), "--camera-motion", "pan_left"]
+        + [*SAID, "--image", str(tmp_path / "first.png"), "--camera-motion", "pan_left"]
         + ["--frameinit", "butterworth", "--frameinit-level", "700", "--frameinit-order", "2"]
     )
 
@@ -222,7 +226,10 @@ def test_another_scheduler_draws_another_picture(drawn, tiny_checkpoint, tmp_pat
         ([], "one of the arguments --story --stories --sentence is required; see --help"),
         (["--sentence", "A cat.", "--story", "a.txt"], "not allowed with argument"),
         (SAID + ["--step", "5"], "unrecognized arguments: --step 5"),
-        (SAID + ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (
+            SAID + ["--steps", "many"],
+            "argument --steps/--num-inference-steps: invalid int value: 'many'",
+        ),
         (SAID + ["--storyflow", "1,2,x"], "argument --storyflow: '1,2,x' is not numbers"),
         (SAID + ["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
         (SAID + ["--scheduler", "heun"], "argument --scheduler: invalid choice: 'heun'"),
@@ -242,7 +249,7 @@ def test_another_scheduler_draws_another_picture(drawn, tiny_checkpoint, tmp_pat
         (["--story", "empty.txt"], "empty.txt is empty"),
         (["--stories", "broken.jsonl"], "broken.jsonl:2 is not JSON"),
         (["--stories", "a.jsonl", "--first-frame", "a.png"], "--first-frame goes with --story"),
-        (SAID + ["--checkpoint", "none"], "no checkpoint folder none"),
+        (SAID + ["--checkpoint", "none"], "no folder none, and no Hub id OWNER/NAME"),
         (SAID + ["--checkpoint", "."], ". is not a checkpoint folder: model.json is missing"),
         (SAID + ["--out", "empty.txt/out"], "cannot write to empty.txt/out"),
         (SAID + ["--save-latents", "empty.txt/a.npy"], "cannot write to empty.txt"),
@@ -268,8 +275,12 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, a
         (SAID + ["--first-frame", "text.png"], "text.png is not an image"),
         (SAID + ["--first-frame", "a.png"], "has a first frame, but .* leave it out"),
         (SAID + ["--height", "18"], "multiples of 4 for this model; got 18 x 16"),
-        (SAID + ["--height", "0", "--first-frame", "a.png"], "got 0 x 16"),
+        (
+            SAID + ["--height", "0", "--first-frame", "a.png"],
+            "height must be an integer of at least 1",
+        ),
         (SAID + ["--weights", "raw"], "holds no raw weights; give --weights ema"),
+        (SAID + ["--negative-prompt", "a", "b"], "negative_prompt must be .* a list of 5"),
         (SAID + ["--steps", "0"], "steps must be at least 1; got 0"),
         (SAID + ["--guidance-scale", "nan"], "guidance_scale must be finite, at least 0; got nan"),
         (SAID + ["--image-guidance-scale", "2"], "needs a continuation model"),
