@@ -201,12 +201,7 @@ def _metadata(info: Any, folder: Path) -> dict[str, Any]:
     damaged = f"{folder / 'metadata.json'} is damaged; prepare the dataset again"
     try:
         values = {"test_fraction": None} | dict(info.metadata or {})
-    except (
-        TypeError,
-        ValueError,
-        OSError,
-        RecursionError,
-    ) as error:  # read when it is first asked for
+    except (TypeError, ValueError, OSError, RecursionError) as error:  # read on first use
         raise UserError(damaged) from error
     right = all(isinstance(values.get(key), kind) for key, kind in kinds.items())
     require(right and isinstance(values["test_fraction"], int | float | None), damaged)

@@ -74,6 +74,7 @@ LINES = {
     "split of a number": line(split=7),
     "split of a list": line(split=["train"]),
     "another split": line(split="dev"),
+    "no split": line(split=None),
     "characters of text": line(characters="mia"),
     "characters of four": line(characters=[["mia"]] * 4),
     "characters of numbers": line(characters=[[1]] * 5),
@@ -101,16 +102,18 @@ KEPT = {
     "blank lines": f"\n \r\n{line()}\r\n\n",
     "a separator of lines": line(sentences=sentences("a\u2028b\u0085c")),
     "other scripts": line(id="ピクニック", sentences=sentences("ミアは五まで数える。")),
+    "over 77 tokens": line(sentences=sentences("mia " * 100)),
+    "a megabyte": line(sentences=sentences("mia " * 250_000)),
     "the other way": line(frames=["./pictures/../pictures/train-0-0.png"] * 5),
 }
 
 
-def prepared(tmp_path: Path, write: Write) -> None:
+def prepared(tmp_path: Path, write: Write, *more: str) -> None:
     root = write_story_folder(tmp_path / "source", counts={"train": 1})
     (root / "stories.jsonl").unlink()
     write(root / "stories.jsonl")
     options = ["--source", str(root), "--out", str(tmp_path / "out"), "--size", "16"]
-    prepare.main(["folder", *options, "--workers", "1"])
+    prepare.main(["folder", *options, "--workers", "1", *more])
 
 
 def assert_named(caught: pytest.ExceptionInfo[UserError], *words: str) -> None:
@@ -138,10 +141,12 @@ def test_a_folder_s_line_is_refused(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("policy", ["published", "strict"])
 @pytest.mark.parametrize("name", FRAMES)
-def test_a_frame_that_is_no_image_is_reported(name, tmp_path, capsys):
+def test_a_frame_that_is_no_image_is_reported(name, policy, tmp_path, capsys):
+    frames = [FRAMES[name], *["pictures/train-0-0.png"] * 4]
     with pytest.raises(UserError) as caught:
-        prepared(tmp_path, content(line(frames=[FRAMES[name]] * 5)))
+        prepared(tmp_path, content(line(frames=frames)), "--split-policy", policy)
 
     assert_named(caught, "1 problems")
     assert FRAMES[name].split("\0")[0] in capsys.readouterr().out

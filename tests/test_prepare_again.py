@@ -1,8 +1,7 @@
-"""Shards of an earlier run: what changed since is written again, what is damaged is named."""
+"""Shards of an earlier run: what has changed since is written again."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 
 from contextualstory_jax.data import preparation
 from contextualstory_jax.data.prepared import PreparedSource
-from contextualstory_jax.errors import UserError
 from contextualstory_jax.recipe_config import DataConfig
 from tests.published_folders import picture, save_png, write_story_folder
 
@@ -87,35 +85,3 @@ def test_a_build_leaves_no_temporary_folder(tmp_path, monkeypatch):
     preparation.prepare(config, tmp_path / "out", SIZE)
 
     assert list((tmp_path / "temporary").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *[{key: None} for key in ("name", "split_policy", "captions", "size")],
-        {"size": "16"},
-        {"name": ["folder"]},
-        {"test_fraction": "all"},
-    ],
-    ids=str,
-)
-def test_damaged_metadata_is_refused_by_name(tmp_path, change):
-    config = DataConfig(name="folder", root=str(write_story_folder(tmp_path / "source")))
-    preparation.prepare(config, tmp_path / "out", SIZE)
-    path = tmp_path / "out/stories/metadata.json"
-    values = json.loads(path.read_text()) | change
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-
-    with pytest.raises(UserError, match=r"stories/metadata.json is damaged; prepare the dataset"):
-        PreparedSource(tmp_path / "out", "train", SIZE)
-
-
-@pytest.mark.parametrize("text", [None, "", "{", "[]", "3"])
-def test_metadata_that_is_no_object_is_refused(tmp_path, text):
-    config = DataConfig(name="folder", root=str(write_story_folder(tmp_path / "source")))
-    preparation.prepare(config, tmp_path / "out", SIZE)
-    path = tmp_path / "out/stories/metadata.json"
-    path.unlink() if text is None else path.write_text(text)
-
-    with pytest.raises(UserError, match="stories/metadata.json.*; prepare the dataset again$"):
-        PreparedSource(tmp_path / "out", "train", SIZE)
