@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow lint types clean
+.PHONY: help venv demo test slow cuda jax lint types clean
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # The first of these that is there, runs and is supported; another: make PYTHON=/path/to/python
@@ -23,6 +23,13 @@ test: .venv/installed-test ## run the tests (minutes, no network)
 
 slow: .venv/installed-test ## run the long tests that need nothing more installed
 	$(VENV) -m pytest -m "(slow or full_size or multiprocess) and not (torch or browser)"
+
+cuda: .venv/installed-test,gpu ## compile for GPUs that are not there (several GB of packages)
+	$(VENV) -m pytest -m cuda_aot
+
+# On the newest and the oldest JAX that pyproject.toml admits, each with the Python it needs.
+jax: ## run the tests of devices on the oldest and the newest JAX (python3.11 and python3.12)
+	scripts/test_jax_versions.sh
 
 lint: .venv/installed-dev ## check style and formatting
 	$(VENV) -m ruff check

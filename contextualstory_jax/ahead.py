@@ -1,7 +1,7 @@
-"""What training or generation takes on a TPU slice that is not there.
+"""What training or generation takes on a TPU slice, or on NVIDIA GPUs, that are not there.
 
 XLA compiles for a slice of which it knows the name alone, and refuses what does not fit a chip's
-memory.
+memory. Of a GPU it needs a description; kernels are not tuned for it, and nothing is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from contextualstory_jax.diffusion.samplers import State, make_sampler, padded
 from contextualstory_jax.drawing import Inputs, Scales, generation_programs
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.flops import DEVICES, drawing_flops, peak_flops, training_step_flops
-from contextualstory_jax.hlo import Collective, collectives, memory_traffic
+from contextualstory_jax.hlo import Collective, collectives, custom_calls, memory_traffic
 from contextualstory_jax.model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.recipe_config import TrainConfig
@@ -64,6 +65,51 @@ def tpu_devices(topology: str) -> list[Any]:
     return list(found.devices)
 
 
+# A GPU as XLA describes it (`GpuTargetConfigProto`). Source: what XLA finds on an H100 SXM.
+GPUS = {
+    "h100": """
+        gpu_device_info {
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_core: 233472
+          shared_memory_per_block_optin: 232448
+          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84929347584
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          cuda_compute_capability { major: 9 }
+        }
+        platform_name: "CUDA"
+        dnn_version_info { major: 9 minor: 28 }
+        runtime_version { major: 12 minor: 9 }
+        device_description_str: "NVIDIA H100 80GB HBM3"
+    """,
+}
+
+
+def absent_devices(topology: str) -> list[Any]:
+    """The chips of a TPU slice, `v5e:4x4`, or GPUs of one machine, `h100` or `h100:8`.
+
+    Raises `UserError` for an unknown name, or without the compiler.
+    """
+    gpu = re.fullmatch(rf"({'|'.join(GPUS)})(?::([1-9]\d*))?", topology)
+    return gpu_devices(gpu[1], int(gpu[2] or 1)) if gpu else tpu_devices(topology)
+
+
+def gpu_devices(name: str, count: int) -> list[Any]:
+    """NVIDIA GPUs of one machine, which need not be there: a name of `GPUS`.
+
+    Raises `UserError` without the compiler.
+    """
+    require(
+        importlib.util.find_spec("jax_cuda12_plugin") is not None,
+        "the CUDA compiler is not installed; install the package with the extra [gpu]",
+    )
+    found = topologies.get_topology_desc(
+        platform="cuda", target_config=GPUS[name], topology=f"1x{count}x1"
+    )
+    return list(found.devices)
+
+
 def needed_memory(error: Exception) -> tuple[int, int] | None:
     """Bytes that a refused program needs, and that there are; None for other errors."""
     size = r"([\d.]+[KMGT]?)"
@@ -80,6 +126,8 @@ def needed_memory(error: Exception) -> tuple[int, int] | None:
 def memory_limit(device: Any) -> int:
     """The bytes that programs may take of a chip's memory: the compiler says what it refuses."""
     whole = DEVICES[device.device_kind].hbm_bytes
+    if device.platform == "gpu":  # for which it refuses nothing
+        return int(whole)
     size = 2 ** math.ceil(math.log2(whole) + 1)
     everything = jax.jit(
         lambda: jnp.zeros(size, jnp.uint8), out_shardings=SingleDeviceSharding(device)
@@ -235,6 +283,7 @@ def report(program: Program, *, quick: bool = False) -> dict[str, Any]:
         "flops_per_chip": used.flops,
         "memory_traffic_per_chip": used.traffic,
         "collectives": {kind: c._asdict() for kind, c in sorted(used.collectives.items())},
+        "custom_calls": dict(sorted(used.custom_calls.items())),
     }
     peak = peak_flops(device.device_kind, program.dtype)
     if peak:
@@ -253,6 +302,7 @@ class Use(NamedTuple):
     flops: int
     traffic: int  # bytes
     collectives: dict[str, Collective]
+    custom_calls: Counter[str]
 
 
 def total_use(program: Program, options: dict[str, Any] | None = None) -> Use:
@@ -260,12 +310,12 @@ def total_use(program: Program, options: dict[str, Any] | None = None) -> Use:
     uses = []
     for part in program.parts.values():
         compiled = part.traced.lower().compile(options)
-        cost: Any = compiled.cost_analysis()
+        cost: Any = compiled.cost_analysis() or {}  # none of a GPU
         hlo = compiled.as_text() or ""
         # XLA counts a loop of unknown length once, and all operations of that part are in it.
-        flops = part.steps * int(cost["flops"])
-        moved = memory_traffic(hlo, part.steps), collectives(hlo, part.steps)
-        uses.append(Use(memory_use(compiled), flops, *moved))
+        flops = part.steps * int(cost.get("flops", 0))
+        counts = (count(hlo, part.steps) for count in (memory_traffic, collectives, custom_calls))
+        uses.append(Use(memory_use(compiled), flops, *counts))
     together: dict[str, Collective] = {}
     for kind, c in (item for use in uses for item in use.collectives.items()):
         before = together.get(kind, Collective(0, 0))
@@ -275,6 +325,7 @@ def total_use(program: Program, options: dict[str, Any] | None = None) -> Use:
         sum(use.flops for use in uses),
         sum(use.traffic for use in uses),
         together,
+        sum((use.custom_calls for use in uses), Counter()),
     )
 
 

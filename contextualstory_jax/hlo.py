@@ -185,3 +185,16 @@ def memory_traffic(hlo: str, steps: int = 1) -> int:
                 moved = read + written
             total += times[computation.name] * moved
     return total
+
+
+def custom_calls(hlo: str, steps: int = 1) -> Counter[str]:
+    """How often each kernel of a library runs, by its target: `__cudnn$fmhaSoftmax`."""
+    found = computations(hlo)
+    times = runs(found, steps, inside_fusions=False)
+    called: Counter[str] = Counter()
+    for computation in found.values():
+        for instruction in computation.instructions:
+            target = re.search(r'custom_call_target="([^"]+)"', instruction.rest)
+            if target and times[computation.name]:
+                called[target[1]] += times[computation.name]
+    return called

@@ -1,11 +1,12 @@
-"""Compile a recipe's training step, or drawing, for a TPU slice that is not there.
+"""Compile a recipe's training step, or drawing, for a TPU slice or GPUs that are not there.
 
     python scripts/compile_for_tpu.py --config configs/pororo_visualization.py --topology v5e:4x4 \
         --config.batch_size=96 --config.accumulation_steps=1 --config.mesh.data=1 \
         --config.mesh.fsdp=-1 --config.remat=full
 
 Prints one line of JSON (docs/scaling.md says how to read it) and exits with 0 if the program fits
-the chips' memory, with 1 if not. Neither weights nor data need be there. Needs the extra [tpu].
+the chips' memory, with 1 if not. Neither weights nor data need be there. Needs the extra [tpu] or,
+for `--topology h100` or eight of them, `h100:8`, the extra [gpu].
 On two cores training of a published recipe takes ten minutes and up to 18 GB with `--quick`, more
 than half an hour and 19 GB without.
 """
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import scripts.benchmarks.absent_tpu  # noqa: F401, I001 - before JAX
 
-from contextualstory_jax.ahead import drawing, report, tpu_devices, training
+from contextualstory_jax.ahead import absent_devices, drawing, report, training
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.recipes import load_recipe
 
@@ -32,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", required=True, metavar="RECIPE")
-    parser.add_argument("--topology", required=True, help="v5e:4x4, v4:2x2x2, v5p:4x4x4, v6e:16x16")
+    parser.add_argument(
+        "--topology", required=True, help="v5e:4x4, v4:2x2x2, v5p:4x4x4, v6e:16x16, h100, h100:8"
+    )
     parser.add_argument(
         "--sampler",
         action="store_true",
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments, overrides = parser.parse_with_overrides(argv)
     config = load_recipe(arguments.config, overrides)
-    devices = tpu_devices(arguments.topology)
+    devices = absent_devices(arguments.topology)
     if arguments.sampler:
         given = any(override.startswith("batch_size=") for override in overrides)
         program = drawing(config, devices, config.batch_size if given else None)

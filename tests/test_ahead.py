@@ -16,10 +16,10 @@ import pytest
 from contextualstory_jax.ahead import (
     Part,
     Program,
+    absent_devices,
     drawing,
     needed_memory,
     total_use,
-    tpu_devices,
     training,
 )
 from contextualstory_jax.config import MeshConfig
@@ -37,7 +37,12 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
     with pytest.raises(UserError, match=r"libtpu, is not installed; .* the extra \[tpu\]"):
-        tpu_devices("v5e:2x2")
+        absent_devices("v5e:2x2")
+    for name in ("h100", "h100:8"):
+        with pytest.raises(
+            UserError, match=r"CUDA compiler is not .* the extra \[gpu\]"
+        ):
+            absent_devices(name)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,15 @@ version replaced.
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
+import subprocess
+import sys
 import types
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +36,8 @@ from contextualstory_jax.models.fused_attention import (
 from contextualstory_jax.recipes import load_recipe
 from contextualstory_jax.sharding import HEADS, make_mesh
 from tests.narrow_recipe import DEEP, NARROW
+
+ROOT = Path(__file__).parents[1]
 
 
 def device(platform: str, capability: str | None) -> types.SimpleNamespace:
@@ -133,11 +141,16 @@ def test_padding_changes_neither_values_nor_gradients(queries, keys):
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 
 
+def pretend_cudnn(replace: Callable[[object, str, object], None]) -> None:
+    """Lower for a GPU with cuDNN, neither of which need be there."""
+    replace(module, "cudnn_head_width", lambda device: 128)
+    replace(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lower for a GPU with cuDNN, neither of which need be there."""
-    monkeypatch.setattr(module, "cudnn_head_width", lambda device: 128)
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    """As above, in one test."""
+    pretend_cudnn(monkeypatch.setattr)
 
 
 def calls(traced: jax.stages.Traced) -> Counter[str]:
@@ -175,12 +188,70 @@ def test_every_pair_of_published_lengths_can_be_differentiated(lowered_for_cuda)
 
 @pytest.mark.parametrize("task", ["visualization", "continuation"])
 def test_programs_of_both_tasks_call_cudnn(cudnn, task):
-    config = load_recipe(f"configs/pororo_{task}.py", NARROW)
+    # From encoded batches: training of images would encode them before the same step.
+    config = load_recipe(f"configs/pororo_{task}.py", [*NARROW, "data.latents=cache"])
     one = jax.devices()[:1]
 
     # Self- and cross-attention of four transformers, and the contextualizer's.
     assert all_calls(training(config, one)) == {FORWARD: 9, BACKWARD: 9}
     assert all_calls(drawing(config, one)) == {FORWARD: 9}
+
+
+# On 4 x 2 of 8 devices: how far values and gradients of attention split over them are from those of
+# one, by heads that the last axis divides or not; and the calls of programs on 8, as lowered.
+PROGRAM = """
+import functools, json
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding
+from contextualstory_jax.ahead import drawing, training
+from contextualstory_jax.config import MeshConfig
+from contextualstory_jax.models import fused_attention
+from contextualstory_jax.recipes import load_recipe
+from contextualstory_jax.sharding import BATCH, HEADS, make_mesh
+from tests.narrow_recipe import NARROW
+from tests.test_fused_attention import all_calls, pretend_cudnn
+
+mesh = make_mesh(MeshConfig(data=4, tensor=2))
+attend = functools.partial(fused_attention.fused_attention, implementation="xla")
+
+def difference(heads):
+    shapes = [(8, 9, heads, 8)] + [(8, 5, heads, 8)] * 2
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
+    compute = lambda *x: jax.value_and_grad(lambda *x: (attend(*x) ** 2).sum(), (0, 1, 2))(*x)
+    split = jax.jit(fused_attention.attention_on(mesh, HEADS)(compute))
+    # Queries are split, keys and values are copied.
+    found = split(jax.device_put(q, NamedSharding(mesh, BATCH)), k, v)
+    whole = jax.jit(compute)(q, k, v)
+    apart = jax.tree.map(lambda a, b: abs(a - b).max() / abs(b).max(), found, whole)
+    return max(float(x) for x in jax.tree.leaves(apart))
+
+found = {"differences": [difference(2), difference(3)]}
+pretend_cudnn(setattr)
+for name, axes in {"data": ["mesh.data=8"], "heads": ["mesh.data=4", "mesh.tensor=2"]}.items():
+    changes = [*NARROW, "data.latents=cache", "batch_size=8", *axes]
+    config = load_recipe("configs/pororo_visualization.py", changes)
+    found[name] = [all_calls(f(config, jax.devices())) for f in (training, drawing)]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.multiprocess
+def test_on_eight_devices_each_computes_its_part():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=ROOT,
+        env={**os.environ, **flags},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=600,
+    )
+
+    found = json.loads(done.stdout)
+
+    assert max(found["differences"]) < 1e-5
+    assert found["data"] == found["heads"] == [{FORWARD: 9, BACKWARD: 9}, {FORWARD: 9}]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contextualstory_jax.hlo import array_bytes, collectives, memory_traffic
+from contextualstory_jax.hlo import array_bytes, collectives, custom_calls, memory_traffic
 
 # A loop of five; XLA prints one line for each instruction, with more attributes than these.
 LOOP = """
@@ -133,3 +133,13 @@ def test_memory_traffic_is_what_instructions_read_and_write():
 )
 def test_sizes_of_types(type_, size):
     assert array_bytes(type_) == size
+
+
+def test_kernels_of_libraries_count_as_often_as_they_run():
+    kernel = '  %attention = f32[4]{0} custom-call(), custom_call_target="__cudnn$fmhaSoftmax"\n'
+    hlo = LOOP
+    for line in ("  %i = ", "  %zero = "):  # in the loop, and before it
+        hlo = hlo.replace(line, kernel + line)
+
+    assert custom_calls(hlo) == {"__cudnn$fmhaSoftmax": 5 + 1}
+    assert custom_calls(TPU) == {}  # within a fusion it is no kernel of its own

@@ -1,4 +1,4 @@
-"""Imported before JAX, lets programs be compiled for TPUs that are not there; extra [tpu]."""
+"""Imported before JAX, lets programs be compiled for TPUs and GPUs that are not there."""
 
 import os
 
@@ -11,4 +11,5 @@ os.environ.update(
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_WORKER_ID="0",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",  # a driver
 )
