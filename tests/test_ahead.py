@@ -39,9 +39,7 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"libtpu, is not installed; .* the extra \[tpu\]"):
         absent_devices("v5e:2x2")
     for name in ("h100", "h100:8"):
-        with pytest.raises(
-            UserError, match=r"CUDA compiler is not .* the extra \[gpu\]"
-        ):
+        with pytest.raises(UserError, match=r"CUDA compiler is not .* the extra \[gpu\]"):
             absent_devices(name)
 
 
