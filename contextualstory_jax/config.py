@@ -172,11 +172,6 @@ class UNetConfig:
         """Whether the first frame is given."""
         return self.first_frame_condition_mode != "none"
 
-    @property
-    def downsampling(self) -> int:
-        """Latent height and width must be multiples of this."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderKLConfig:
@@ -399,7 +394,7 @@ class ModelConfig:
 
         Raises `UserError` if the size does not divide.
         """
-        multiple = self.vae.factor * self.unet.downsampling
+        multiple = self.vae.factor
         require(
             height > 0 and width > 0 and height % multiple == 0 and width % multiple == 0,
             f"height and width must be positive multiples of {multiple} for this model; "

@@ -122,7 +122,8 @@ def unet_flops(config: ModelConfig) -> Counter[str]:
     """One prediction of the UNet for one story, given what `storyline_flops` counts."""
     unet, frames, channels = config.unet, config.unet.n_frames, config.unet.block_out_channels
     height, width = config.latent_size(config.height, config.width)
-    pixels = [(height >> level) * (width >> level) for level in range(len(channels))]  # of a frame
+    # Of a frame, at each level: a side is halved rounding up.
+    pixels = [(-(-height >> level)) * (-(-width >> level)) for level in range(len(channels))]
     parts: Counter[str] = Counter()
     parts["input, output, time"] = (
         dense(frames * pixels[0], unet.in_channels, channels[0], 9)

@@ -160,6 +160,15 @@ def test_a_prediction_is_counted_as_it_is_traced(changes):
     assert unet_flops(config).total() == traced - masked(config)
 
 
+def test_a_prediction_of_odd_sides_is_counted_as_it_is_traced():
+    # Latents of 5 x 7, without SETA, whose padding is no work that the method needs.
+    config = dataclasses.replace(small(augment_temporal_attention=False), height=10, width=14)
+
+    traced = traced_unet(config, 2) - traced_unet(config, 1)
+
+    assert unet_flops(config).total() == traced
+
+
 def test_what_is_done_once_a_story_is_counted_as_it_is_traced():
     config = small()
     model = StoryModel(config)

@@ -19,7 +19,7 @@ from tests.tiny_networks import FRAMES, TEXT, WIDTH, differ, draw, drawn, random
 STORIES, SIZE = 1, 4
 
 
-def inputs(config: UNetConfig, dtype=jnp.float32) -> tuple:
+def inputs(config: UNetConfig, dtype=jnp.float32, size=(SIZE, SIZE)) -> tuple:
     """Abstract inputs of `predict`: sample, timesteps, text, StoryFlow, first frame, stride."""
 
     def array(*shape, dtype=dtype):
@@ -27,11 +27,11 @@ def inputs(config: UNetConfig, dtype=jnp.float32) -> tuple:
 
     given = config.is_continuation
     return (
-        array(FRAMES - given, SIZE, SIZE, config.in_channels),
+        array(FRAMES - given, *size, config.in_channels),
         array(dtype=jnp.int32),
         array(FRAMES, TEXT, WIDTH),
         array(FRAMES - 1, dtype=jnp.float32),
-        array(SIZE, SIZE, config.in_channels) if given else None,
+        array(*size, config.in_channels) if given else None,
         array(dtype=jnp.int32) if config.use_frame_stride_condition else None,
     )
 
@@ -43,13 +43,15 @@ def predict(unet: UNet, sample, timesteps, text, motion, first_frame, frame_stri
     return unet(sample, shifts, text, first_frame)
 
 
-def traced(config: UNetConfig, dtype=None) -> tuple[set[str], jax.ShapeDtypeStruct]:
+def traced(
+    config: UNetConfig, dtype=None, size=(SIZE, SIZE)
+) -> tuple[set[str], jax.ShapeDtypeStruct]:
     """The names of a UNet's parameters and the shape of what it predicts; nothing is computed."""
     network = Network(lambda: UNet(config))
     out = jax.eval_shape(
         lambda params, *xs: predict(network.bind(params, dtype), *xs),
         network.shapes,
-        *inputs(config, dtype or jnp.float32),
+        *inputs(config, dtype or jnp.float32, size),
     )
     return set(network.shapes), out
 
@@ -69,6 +71,39 @@ def test_every_first_frame_mode_predicts_the_frames_that_are_not_given(
 
     assert out.shape == (STORIES, frames, SIZE, SIZE, 3)
     assert len(having(names, "first_frame_conv.kernel")) == first_frame_convs  # one a block
+
+
+@pytest.mark.parametrize("mode", ["none", "conv2d", "concat"])
+@pytest.mark.parametrize("size", [(7, 5), (1, 3)])  # where the original's continuation fails
+def test_a_prediction_has_the_latents_size_whatever_it_is(mode, size):
+    levels = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (32, 32, 32),
+    }
+
+    _, out = traced(tiny(first_frame_condition_mode=mode, **levels), size=size)
+
+    assert out.shape[2:4] == size
+
+
+@pytest.mark.parametrize(
+    ("whole", "size", "rows", "columns"),
+    [
+        ((8, 4), (4, 2), [0, 2, 4, 6], [0, 2]),
+        ((5, 7), (3, 4), [0, 1, 3], [0, 1, 3, 5]),
+        ((5, 7), (2, 2), [0, 2], [0, 2]),  # by the ratio of the heights
+        ((5, 9), (1, 2), [0], [0, 0]),  # its one column is written to both
+        ((7, 5), (4, 3), [0, 1, 3, 5], [0, 1, 3]),  # ours, as the next one
+        ((1, 8), (1, 4), [0], [0, 2, 4, 6]),
+    ],
+)
+def test_the_first_frame_is_resized_as_the_original_does_where_it_can(whole, size, rows, columns):
+    frame = jnp.arange(whole[0] * whole[1]).reshape(1, *whole, 1) * 1.0
+
+    out = blocks.resize_first_frame(frame, *size)
+
+    np.testing.assert_array_equal(out, frame[:, np.array(rows)[:, None], np.array(columns)])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -50,6 +51,27 @@ REMAT_POLICIES: dict[Remat, Callable[..., bool]] = {
     "block": _is_product,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def resize_first_frame(
+    frame: Float[Array, "b h0 w0 c"], height: int, width: int
+) -> Float[Array, "b {height} {width} c"]:
+    """The clean first frame at a block's size, by nearest neighbour.
+
+    Parity: the original scales the width by the ratio of the heights.
+    """
+    whole_h, whole_w = frame.shape[1:3]
+    if whole_h / height == whole_w / width == whole_h // height:
+        return frame[:, :: whole_h // height, :: whole_w // width]
+    rows = np.arange(height) * whole_h // height
+    scaled = int(whole_w * (height / whole_h))
+    if scaled == width:
+        columns = np.arange(width) * whole_h // height
+    elif scaled == 1:
+        columns = np.zeros(width, int)  # written to every column
+    else:  # Ours: the original fails here.
+        columns = np.arange(width) * whole_w // width
+    return frame[:, rows[:, None], columns]
 
 
 class Block(nnx.Module):
@@ -111,8 +133,7 @@ class Block(nnx.Module):
         """Overwrite frame 0 by the clean first frame, brought to size by nearest neighbour."""
         if self.first_frame_conv is None or first_frame is None:
             return x
-        ratio_h, ratio_w = first_frame.shape[1] // x.shape[2], first_frame.shape[2] // x.shape[3]
-        frame = self.first_frame_conv(first_frame[:, ::ratio_h, ::ratio_w])
+        frame = self.first_frame_conv(resize_first_frame(first_frame, *x.shape[2:4]))
         return jnp.concatenate([per_branch(frame, x)[:, None], x[:, 1:]], axis=1)
 
     def convolve(
@@ -260,5 +281,5 @@ class UpBlock(Block):
             x = jnp.concatenate([x, per_branch(skips.pop(), x)], axis=-1)
             x = self.attend(i, self.convolve(i, x, shifts), text, self.see_first_frame)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x, *skips[-1].shape[2:4])
         return x

@@ -60,23 +60,29 @@ class ResnetBlock2D(nnx.Module):
 
 
 class Downsample2D(nnx.Module):
-    """Halve height and width by a strided convolution that pads one pixel on every side."""
+    """Halve height and width, rounding up, by a strided convolution with padding on all sides."""
 
     def __init__(self, channels: int):
         self.conv = conv(channels, channels, (3, 3), padding=((1, 1), (1, 1)), stride=2)
 
-    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h/2 w/2 c"]:
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f (h+1)//2 (w+1)//2 c"]:
         return self.conv(x)
 
 
 class Upsample2D(nnx.Module):
-    """Double height and width by repetition, then a convolution."""
+    """Double height and width by repetition, less the last row or column of an odd skip's size.
+
+    Cropping what was doubled is nearest interpolation to a size one less, as the original's.
+    A convolution follows.
+    """
 
     def __init__(self, channels: int):
         self.conv = conv3x3(channels, channels)
 
-    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f 2*h 2*w c"]:
-        return self.conv(upsample_nearest(x))
+    def __call__(
+        self, x: Float[Array, "b f h w c"], height: int, width: int
+    ) -> Float[Array, "b f {height} {width} c"]:
+        return self.conv(upsample_nearest(x)[:, :, :height, :width])
 
 
 class SpatialTransformerBlock(nnx.Module):

@@ -74,7 +74,7 @@ class UNet(nnx.Module):
             else self.msim_embedding(motion, self.config.n_frames)
         )
 
-    def time_proj(self, x: Float[Array, " b"] | Int[Array, " b"]) -> Float[Array, "b c"]:
+    def time_proj(self, x: Float[Array, "*b"] | Int[Array, "*b"]) -> Float[Array, "*b c"]:
         """Sinusoidal embedding of diffusion steps and frame strides."""
         return sinusoidal_embedding(
             x,
@@ -87,14 +87,16 @@ class UNet(nnx.Module):
         self,
         timesteps: Num[Array, " b"],
         storyflow: Float[Array, "#b f c"] | None,
-        frame_stride: Int[Array, " b"] | None = None,
+        frame_stride: Int[Array, " b"] | Int[Array, "b f"] | None = None,
     ) -> Float[Array, "b f c"]:
         """What every resnet block is told: diffusion step, scene change, frame stride."""
         temb = self.time_embedding(self.time_proj(timesteps))[:, None]
         if self.frame_stride_embedding is not None:
             if frame_stride is None:
                 raise ValueError("this model has use_frame_stride_condition: give frame_stride")
-            temb = temb + self.frame_stride_embedding(self.time_proj(frame_stride))[:, None]
+            if frame_stride.ndim == 1:  # one for all frames of a story
+                frame_stride = frame_stride[:, None]
+            temb = temb + self.frame_stride_embedding(self.time_proj(frame_stride))
         if self.msim_embedding is not None:
             if storyflow is None:
                 raise ValueError(
@@ -107,7 +109,7 @@ class UNet(nnx.Module):
         self,
         timesteps: Num[Array, " b"],
         storyflow: Float[Array, "#b f c"] | None = None,
-        frame_stride: Int[Array, " b"] | None = None,
+        frame_stride: Int[Array, " b"] | Int[Array, "b f"] | None = None,
     ) -> TimeShifts:
         """What `embed_time`'s embedding adds in every resnet, by block."""
         temb = self.embed_time(timesteps, storyflow, frame_stride)
