@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contextualstory_jax import interruption
 from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.processes import add_arguments, connect, say
 from contextualstory_jax.recipe_config import TrainConfig
@@ -81,7 +82,8 @@ def main(
         state = trainer.train_and_evaluate(config, arguments.workdir)
     except trainer.NonFiniteLoss as error:
         sys.exit(f"error: {error}")
-    if int(state.step) >= config.steps or config.max_minutes is not None:
+    ended = int(state.step) >= config.steps or config.max_minutes is not None
+    if ended and not interruption.requested():
         say(results(arguments.workdir, int(state.step), arguments.config, overrides))
 
 

@@ -410,7 +410,7 @@ def loop(
     state: TrainState, train_step: Step, data: Iterator[Batch | Encoded], run: Run
 ) -> TrainState:
     """Step until the recipe's end, SIGTERM or Ctrl-C; log, save, draw and profile on the way."""
-    config, first = run.config, int(state.step)
+    config, first, stopped = run.config, int(state.step), False
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     data = WaitMeter(data)
     with (
@@ -437,13 +437,14 @@ def loop(
                     with progress.paused():
                         run.save(state, loss)
             if stopped:  # perhaps the machine is about to go: nothing that is not needed
-                report_stop(number, run.checkpoints)
                 break
             if last or number % config.sample_every == 0:
                 with progress.paused():
                     run.draw(state)
             if last:
                 break
+    if stopped:
+        report_stop(int(state.step), run.checkpoints)
     return state
 
 

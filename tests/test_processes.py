@@ -22,6 +22,7 @@ import pytest
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.orbax_checkpoints import Checkpoints
 from contextualstory_jax.processes import StopRequest, connect, gather, require_agreement
+from tests.test_interruption import INTERRUPTIBLE
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "tests" / "tiny_recipe.py"
@@ -50,7 +51,7 @@ def start(
         options += [f"--config.{override}" for override in (own or {}).get(number, ())]
         started.append(
             subprocess.Popen(
-                [*command, *options],
+                [*INTERRUPTIBLE, *command, *options],
                 cwd=ROOT,
                 env={
                     **os.environ,
@@ -267,6 +268,25 @@ def test_sigterm_saves_and_ends_well(tmp_path, processes):
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(stopped)}
     finish(start(workdir, f"steps={stopped + 1}"))
     assert [line["step"] for line in metrics(workdir)] == list(range(1, stopped + 2))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("interrupted", [[1], [0, 1]], ids=["one", "both"])
+def test_ctrl_c_stops_both_processes_after_the_same_step(tmp_path, interrupted):
+    workdir = tmp_path / "run"
+    running = start(workdir, "steps=100000", "checkpoint_every=100000", processes=2)
+    wait_until(
+        lambda: (workdir / "metrics.jsonl").exists() and len(metrics(workdir)) > 2, running[-1]
+    )
+
+    for number in interrupted:
+        running[number].send_signal(signal.SIGINT)
+    printed = finish(running, status=130)
+
+    stopped = len(metrics(workdir))
+    assert f"interrupted, checkpoint {stopped} saved" in printed[0][0]
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(stopped)}
+    assert not any("Traceback" in errors for _, errors in printed)
 
 
 # ----------------------------------------------------------------------------- in this process
