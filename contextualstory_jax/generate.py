@@ -150,9 +150,11 @@ def main(
         check_writable(arguments.save_latents.parent)
     # JAX takes seconds to import, and neither --help nor a mistake need wait for it.
     from contextualstory_jax.arguments import Story, read_first_frame, read_size
+    from contextualstory_jax.compilation import use_compilation_cache
     from contextualstory_jax.pipeline import StoryPipeline
     from contextualstory_jax.pretrained import find_checkpoint
 
+    use_compilation_cache()
     checkpoint = find_checkpoint(arguments.checkpoint)
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
     warn_of_unknown_words(checkpoint, texts)
