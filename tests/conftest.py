@@ -11,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from contextualstory_jax.config import ModelConfig
+    from contextualstory_jax.recipe_config import TrainConfig
 
 # Before any test module imports JAX. The number of devices is left alone: a test that needs
 # several starts a process of its own.
@@ -82,6 +83,25 @@ def tiny_model_config() -> ModelConfig:
         },
     }
     return build(ModelConfig, values)
+
+
+@pytest.fixture(scope="session")
+def tiny_train_config(tiny_model_config: ModelConfig) -> TrainConfig:
+    """Four steps on embedded stories, every second of which is saved."""
+    from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
+
+    return TrainConfig(
+        model=tiny_model_config,
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine"),
+        steps=4,
+        batch_size=2,
+        compute_dtype="float32",
+        trainable=(r"unet\..*", r"text_encoder\..*"),
+        log_every=1,
+        checkpoint_every=2,
+        sample_every=1000,
+        sample_stories=1,
+    )
 
 
 @pytest.fixture(scope="session")

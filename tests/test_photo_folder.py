@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contextualstory_jax import evaluate, generate, train
+from contextualstory_jax import evaluate, generate
 from contextualstory_jax.commands import prepare
 from contextualstory_jax.data.prepared import PreparedSource
+from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.train import train_and_evaluate
 
 RECIPE = Path(__file__).parent / "tiny_recipe.py"
 SIZE, STORIES = 16, 4
@@ -54,14 +57,12 @@ def write_photos(root: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_photos_are_prepared_trained_on_and_generated_from(tmp_path, capsys):
+def test_photos_are_prepared_trained_on_and_generated_from(tiny_train_config, tmp_path, capsys):
     source, shards, workdir = (
         write_photos(tmp_path / "photos"),
         tmp_path / "shards",
         tmp_path / "run",
     )
-    data = ["--config", str(RECIPE), "--config.data.name=folder", f"--config.data.root={shards}"]
-
     prepare.main(["folder", "--source", str(source), "--out", str(shards)] + ["--size", str(SIZE)])
     printed = capsys.readouterr().out
     assert "truncated captions: 1" in printed and "1 of 4 are held out as the test" in printed
@@ -71,10 +72,10 @@ def test_photos_are_prepared_trained_on_and_generated_from(tmp_path, capsys):
     assert rotated[:, 0].mean() < 10 and rotated[:, -1].mean() > 190
     assert (palette == (0, 0, 200)).all() and (wide == (10, 20, 30)).all()
 
-    settings = [f"--config.{key}" for key in ("steps=2", "sample_every=2", "sample_stories=1")]
-    train.main([*data, "--workdir", str(workdir), *settings])
+    data = DataConfig(name="folder", root=str(shards))
+    train_and_evaluate(dataclasses.replace(tiny_train_config, data=data), workdir)
     assert "1 of 4 are held out as the test split" in capsys.readouterr().out
-    sample = np.asarray(Image.open(workdir / "samples/step_0000002.png"))
+    sample = np.asarray(Image.open(workdir / "samples/step_0000004.png"))
     assert sample.shape == (2 * SIZE, 5 * SIZE, 3) and (sample[:SIZE, :SIZE] == 128).all()
 
     generate.main(
@@ -83,6 +84,8 @@ def test_photos_are_prepared_trained_on_and_generated_from(tmp_path, capsys):
     )
     assert Image.open(tmp_path / "out/story/frame_4.png").size == (SIZE, SIZE)
 
-    evaluate.main([*data, "--checkpoint", str(workdir), "--out", str(tmp_path / "evaluated")])
+    options = ["--config", str(RECIPE), "--config.data.name=folder"]
+    options.append(f"--config.data.root={shards}")
+    evaluate.main([*options, "--checkpoint", str(workdir), "--out", str(tmp_path / "evaluated")])
     assert len((tmp_path / "evaluated/frames.jsonl").read_text().splitlines()) == 5
     assert json.loads((tmp_path / "evaluated/settings.json").read_text())["split"] == "test"

@@ -18,11 +18,11 @@ from PIL import Image
 
 from contextualstory_jax import trainer
 from contextualstory_jax.checkpoint import load_weights
-from contextualstory_jax.config import MeshConfig, ModelConfig
+from contextualstory_jax.config import MeshConfig
 from contextualstory_jax.data.loader import TOKENIZER_DIR
 from contextualstory_jax.errors import UserError
 from contextualstory_jax.model import StoryModel
-from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
+from contextualstory_jax.recipe_config import TrainConfig
 from contextualstory_jax.sharding import Placement, make_mesh
 from contextualstory_jax.state import TrainState, init_state
 from contextualstory_jax.tokenizer import Tokenizer
@@ -30,20 +30,8 @@ from contextualstory_jax.trainer import NonFiniteLoss, train_and_evaluate
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_model_config: ModelConfig) -> TrainConfig:
-    """Four steps, every second of which is saved."""
-    return TrainConfig(
-        model=tiny_model_config,
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine"),
-        steps=4,
-        batch_size=2,
-        compute_dtype="float32",
-        trainable=(r"unet\..*", r"text_encoder\..*"),
-        log_every=1,
-        checkpoint_every=2,
-        sample_every=1000,
-        sample_stories=1,
-    )
+def recipe(tiny_train_config: TrainConfig) -> TrainConfig:
+    return tiny_train_config
 
 
 @pytest.fixture(scope="module", autouse=True)
