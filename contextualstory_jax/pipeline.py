@@ -5,6 +5,7 @@ Few compiled programs draw a batch (`drawing.py`); batches are rounded up to few
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import typing
@@ -38,6 +39,7 @@ from contextualstory_jax.arguments import (
 )
 from contextualstory_jax.camera import film
 from contextualstory_jax.checkpoint import load_weights, read_model
+from contextualstory_jax.compilation import use_compilation_cache
 from contextualstory_jax.config import FrameInitConfig, MeshConfig, SamplingConfig, require
 from contextualstory_jax.diffusion.frameinit import FrameInit, make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
@@ -57,6 +59,7 @@ from contextualstory_jax.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
+BATCH_SIZE = 8  # stories at once, where nothing else is said
 
 
 class Drawing(NamedTuple):
@@ -104,16 +107,14 @@ class StoryPipeline:
         keep them and draw, by default this one's devices: processes then draw different stories,
         at different times.
         """
+        use_compilation_cache()
         self.model, self.tokenizer, self.step, self.weights = model, tokenizer, step, weights
         self.storyflow = np.asarray(storyflow, np.float32)
         make_programs = generation_programs if placement is None else shared_programs
         placement = placement or Placement(make_mesh(MeshConfig(), jax.local_devices()))
         self.mesh = placement.mesh
         # Drawing only reads: weights are held once, in the dtype they are computed with.
-        self.params = jax.device_put(
-            clamp(jax.tree.map(lambda p: jnp.asarray(p, model.dtype), params)),
-            placement.shardings(params),
-        )
+        self.params = jax.device_put(_cast(params, model.dtype), placement.shardings(params))
         self._programs = make_programs(model, placement)
         self.interrupt = False
 
@@ -256,6 +257,32 @@ class StoryPipeline:
             progress(len(drawing.pictures))
         return Drawing(*map(np.concatenate, zip(*drawings, strict=True)))
 
+    def compile(
+        self,
+        *,
+        batch_size: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Compile ahead what a request of `batch_size` stories runs, and keep it on disk.
+
+        A blank story's first step is generated. Any number of steps and any scale that needs the
+        same branches of guidance then start at once. Options are those of `draw_batches`, of which
+        `sampling.scheduler` needs a program of its own. Raises `UserError` as `draw_batches` does.
+        """
+        config = self.model.config
+        size = height or config.height, width or config.width
+        unet = config.unet
+        blank = np.zeros((*size, 3), np.uint8) if unet.is_continuation else None
+        stories = [Story([""] * unet.n_frames, first_frame=blank)] * batch_size
+
+        def stop(pipeline: StoryPipeline, *_: Any) -> None:
+            pipeline.interrupt = True
+
+        options = {"batch_size": max(batch_size, BATCH_SIZE), "size": size, **options}
+        list(self.draw_batches(stories, callback_on_step_end=stop, **options))
+
     def draw_batches(
         self,
         stories: Sequence[Story],
@@ -265,7 +292,7 @@ class StoryPipeline:
         size: tuple[int, int] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         storyflow: Sequence[float] | None = None,
-        batch_size: int = 8,
+        batch_size: int = BATCH_SIZE,
         initial_latents: np.ndarray | None = None,
         frameinit: FrameInitConfig | None = None,
         camera_motion: str | None = None,
@@ -402,6 +429,12 @@ class StoryPipeline:
             frameinit,
             after_step,
         )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(params: Parts, dtype: Any) -> Parts:
+    """Weights as they are computed with."""
+    return clamp(jax.tree.map(lambda p: p.astype(dtype), params))
 
 
 def _filled(latents: Any, shape: tuple[int, ...], batch_size: int) -> Float32[Array, "b g p q c"]:

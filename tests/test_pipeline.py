@@ -30,6 +30,7 @@ STORIES = [
 ]
 FIRST_FRAME = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 TEXT = SamplingConfig(steps=2, guidance_scale=2.0)
+TEXT_LONG = SamplingConfig(steps=9, guidance_scale=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,74 @@ def test_a_story_is_the_same_in_any_batch(pipeline):
     assert levels_apart(batch.pictures, np.stack(alone)) <= 1  # programs of two sizes round apart
     assert levels_apart(batch.pictures, turned) <= 1
     assert levels_apart(batch.pictures[0], batch.pictures[1]) > 20
+
+
+def test_ten_numbers_of_steps_are_one_compilation(pipeline):
+    pipeline(SENTENCES, sampling=TEXT)  # and with it everything but the loop
+
+    with CompilationCount() as counter:
+        for steps in (1, 2, 3, 4, 5, 8, 10, 12, 15, 20):
+            euler = SamplingConfig(steps=steps, guidance_scale=2.0, scheduler="euler")
+            drawn = pipeline(SENTENCES, sampling=euler)
+
+    assert counter.count == 1
+    assert np.ptp(drawn) > 20
+
+
+def test_a_callback_reads_every_step_and_changes_no_bit(pipeline):
+    seen: list[tuple] = []
+    four = SamplingConfig(steps=4, guidance_scale=2.0)
+
+    def read(pipe, step: int, timestep: float, given: dict) -> dict:
+        seen.append((pipe, step, timestep, given["latents"]))
+        return given
+
+    plain = pipeline.draw(STORIES, sampling=four, batch_size=2)
+    drawn = pipeline.draw(STORIES, sampling=four, batch_size=2, callback_on_step_end=read)
+
+    np.testing.assert_array_equal(drawn.latents, plain.latents)
+    np.testing.assert_array_equal(drawn.pictures, plain.pictures)
+    pipes, steps, timesteps, latents = zip(*seen, strict=True)
+    assert set(pipes) == {pipeline} and steps == (0, 1, 2, 3) * 2
+    assert timesteps == (999, 749, 499, 249) * 2
+    # Without what fills the second batch
+    assert [len(x) for x in latents] == [2] * 4 + [1] * 4
+    np.testing.assert_array_equal(np.concatenate([latents[3], latents[7]]), plain.latents)
+
+
+def test_a_callback_replaces_latents_and_interrupts(pipeline):
+    steps: list[int] = []
+
+    def stop(pipe, step: int, timestep: float, given: dict) -> dict:
+        steps.append(step)
+        pipe.interrupt = step == 1
+        return {"latents": np.full_like(given["latents"], step)}
+
+    drawn = pipeline.draw(STORIES, sampling=TEXT_LONG, batch_size=2, callback_on_step_end=stop)
+
+    assert steps == [0, 1]
+    np.testing.assert_array_equal(drawn.latents, np.ones((2, 5, 4, 4, 48)))  # of the first batch
+    again = pipeline.draw(STORIES[:1])  # an interruption is of one request
+    np.testing.assert_array_equal(again.pictures, pipeline.draw(STORIES[:1]).pictures)
+
+
+def test_latents_of_another_shape_are_refused(pipeline):
+    def replace(*_) -> dict:
+        return {"latents": np.zeros((1, 4))}
+
+    with pytest.raises(UserError, match=r"must return latents of shape \(1, 5, 4, 4, 48\); got"):
+        pipeline(SENTENCES, callback_on_step_end=replace)
+
+
+def test_compiling_ahead_leaves_nothing_to_compile(tiny_checkpoint):
+    pipeline = StoryPipeline.load(tiny_checkpoint)
+    pipeline.compile(batch_size=2, height=16, width=16, sampling=TEXT_LONG)
+
+    with CompilationCount() as counter:
+        drawn = pipeline(STORIES[:2], sampling=TEXT)
+
+    assert counter.count == 0
+    assert drawn.shape == (2, 5, 16, 16, 3)
 
 
 @pytest.mark.slow  # compiles for three sizes of batch
