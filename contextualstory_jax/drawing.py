@@ -56,6 +56,18 @@ class Scales(NamedTuple):
     rescale: Float[Array, ""]
 
 
+class Request(NamedTuple):
+    """Everything that a batch is generated from, weights aside."""
+
+    branches: int  # the number of predictions that guidance needs (`guidance.py`)
+    inputs: Inputs
+    null_ids: Int[Array | np.ndarray, "#f l"]
+    motion: Float[Array | np.ndarray, " m"]  # StoryFlow values
+    sampler: Sampler
+    scales: Scales
+    frameinit: FrameInit | None
+
+
 class Conditioning(NamedTuple):
     """Everything that all steps of a batch share, weights aside."""
 
@@ -160,6 +172,19 @@ def decode(
     return pictures.reshape(len(latents), *pictures.shape[2:])
 
 
+def finish(
+    model: StoryModel,
+    params: Parts,
+    clean_first: Float[Array, "b 1 p q c"] | None,
+    latents: Float[Array, "b g p q c"],
+    ways: int,
+) -> tuple[UInt8[Array, "b f h w 3"], Float[Array, "b f p q c"]]:
+    """Images and latents of all frames, the first one's before the others'."""
+    if clean_first is not None:
+        latents = jnp.concatenate([clean_first, latents], axis=1)
+    return decode(model, params, latents, ways), latents
+
+
 AfterStep = Callable[[int, Array], tuple[Array, bool]]
 
 
@@ -189,10 +214,8 @@ def generation_programs(model: StoryModel, placement: Placement) -> Programs:
     def decode_batch(
         params: Parts, clean_first: Array | None, latents: Array
     ) -> tuple[Array, Array]:
-        if clean_first is not None:
-            latents = jnp.concatenate([clean_first, latents], axis=1)
         ways = batch_ways(placement.mesh)
-        return decode(model, placement.whole(params), latents, ways), latents
+        return finish(model, placement.whole(params), clean_first, latents, ways)
 
     # All weights stay on the device meanwhile, and memory analyses are to count them.
     jit = functools.partial(jax.jit, keep_unused=True)
@@ -215,22 +238,14 @@ def shared_programs(model: StoryModel, placement: Placement) -> Programs:
 
 
 def generate(
-    programs: Programs,
-    branches: int,
-    params: Parts,
-    inputs: Inputs,
-    null_ids: Int[Array | np.ndarray, "#f l"],
-    motion: Float[Array | np.ndarray, " m"],
-    sampler: Sampler,
-    scales: Scales,
-    frameinit: FrameInit | None,
-    after_step: AfterStep | None = None,
+    programs: Programs, params: Parts, request: Request, after_step: AfterStep | None = None
 ) -> tuple[Array, Array]:
     """Images and latents of a batch.
 
     Args: `after_step`, called with each step's number and latents, returns those to continue with
     and whether to; without it, all steps are one call.
     """
+    branches, inputs, null_ids, motion, sampler, scales, frameinit = request
     given, latents = programs.prepare(
         branches, params, inputs, null_ids, motion, scales, sampler.init_noise_sigma, frameinit
     )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float32, Int32, Key, UInt8
+from jaxtyping import Array, Float32, Key, UInt8
 
 from contextualstory_jax.arguments import (
     FirstFrame,
@@ -41,13 +41,14 @@ from contextualstory_jax.camera import film
 from contextualstory_jax.checkpoint import load_weights, read_model
 from contextualstory_jax.compilation import use_compilation_cache
 from contextualstory_jax.config import FrameInitConfig, MeshConfig, SamplingConfig, require
-from contextualstory_jax.diffusion.frameinit import FrameInit, make_frameinit
+from contextualstory_jax.diffusion.frameinit import make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
 from contextualstory_jax.drawing import (
     AfterStep,
     Inputs,
+    Request,
     Scales,
     generate,
     generation_programs,
@@ -267,23 +268,65 @@ class StoryPipeline:
     ) -> None:
         """Compile ahead what a request of `batch_size` stories runs, and keep it on disk.
 
-        A blank story's first step is generated. Any number of steps and any scale that needs the
-        same branches of guidance then start at once. Options are those of `draw_batches`, of which
-        `sampling.scheduler` needs a program of its own. Raises `UserError` as `draw_batches` does.
+        The first step of blank stories is generated. Requests of any number of steps and of any
+        scales then start at once, if they need the same branches of guidance and the same solver.
+
+        Args:
+            batch_size: stories in a request.
+            height: pixels; by default the model's own.
+            width: pixels; by default the model's own.
+            options: those of the call.
+
+        Raises:
+            UserError: a `ValueError`, for input that does not fit the model.
         """
-        config = self.model.config
-        size = height or config.height, width or config.width
-        unet = config.unet
-        blank = np.zeros((*size, 3), np.uint8) if unet.is_continuation else None
-        stories = [Story([""] * unet.n_frames, first_frame=blank)] * batch_size
 
         def stop(pipeline: StoryPipeline, *_: Any) -> None:
             pipeline.interrupt = True
 
-        options = {"batch_size": max(batch_size, BATCH_SIZE), "size": size, **options}
-        list(self.draw_batches(stories, callback_on_step_end=stop, **options))
+        count = check_integer("batch_size", batch_size, 1)
+        size = read_size(self.model.config, height, width)
+        options = {"batch_size": max(count, BATCH_SIZE), "size": size, **options}
+        self(self.blank_stories(count, size), callback_on_step_end=stop, **options)
+
+    def blank_stories(self, count: int, size: tuple[int, int]) -> list[Story]:
+        """Stories without words and, in continuation, of a black first frame."""
+        unet = self.model.config.unet
+        black = np.zeros((*size, 3), np.uint8) if unet.is_continuation else None
+        return [Story([""] * unet.n_frames, first_frame=black)] * count
 
     def draw_batches(
+        self,
+        stories: Sequence[Story],
+        *,
+        callback_on_step_end: StepCallback | None = None,
+        **options: Any,
+    ) -> Iterator[Drawing]:
+        """Generate stories in batches of one size, in order.
+
+        Args:
+            stories: with their first frames, in continuation.
+            callback_on_step_end: a `StepCallback`; that it is called changes no bit of the result.
+            options: those of `requests`.
+
+        Raises:
+            UserError: for input that does not fit the model, before anything is generated.
+        """
+        require(
+            callback_on_step_end is None or callable(callback_on_step_end),
+            f"callback_on_step_end must be a function; got {shown(callback_on_step_end)}",
+        )
+        self.interrupt = False
+        for request, real in self.requests(stories, **options):
+            after_step = None
+            if callback_on_step_end is not None:
+                after_step = self._after_step(callback_on_step_end, request.sampler, real)
+            drawn = generate(self._programs, self.params, request, after_step)
+            yield Drawing(*(np.asarray(array)[:real] for array in drawn))
+            if self.interrupt:
+                return
+
+    def requests(
         self,
         stories: Sequence[Story],
         *,
@@ -296,9 +339,8 @@ class StoryPipeline:
         initial_latents: np.ndarray | None = None,
         frameinit: FrameInitConfig | None = None,
         camera_motion: str | None = None,
-        callback_on_step_end: StepCallback | None = None,
-    ) -> Iterator[Drawing]:
-        """Generate stories in batches of one size, in order.
+    ) -> Iterator[tuple[Request, int]]:
+        """The arrays that batches are generated from, and how many stories of each are asked for.
 
         Args:
             stories: with their first frames, in continuation.
@@ -312,7 +354,6 @@ class StoryPipeline:
             initial_latents: standard normal float32 `(b, f, p, q, c)`, in place of the seed's.
             frameinit: for low frequencies of the first frame in them, in continuation.
             camera_motion: one of `config.CameraMotion`, over a first frame of any size.
-            callback_on_step_end: a `StepCallback`; that it is called changes no bit of the result.
 
         Raises:
             UserError: for input that does not fit the model, before anything is generated.
@@ -333,10 +374,6 @@ class StoryPipeline:
             sampling.image_guidance_scale <= 1 or config.unet.is_continuation,
             "image_guidance_scale above 1 needs a continuation model; leave it at 1",
         )
-        require(
-            callback_on_step_end is None or callable(callback_on_step_end),
-            f"callback_on_step_end must be a function; got {shown(callback_on_step_end)}",
-        )
         if initial_latents is not None:
             initial_latents = read_latents(initial_latents, (len(stories), *shape))
         # Every batch has one size, so that one program serves: a power of two or, if less,
@@ -345,20 +382,20 @@ class StoryPipeline:
         ways = batch_ways(self.mesh)
         bucket = min(batch_size, 1 << (len(stories) - 1).bit_length())
         batch_size = -(-bucket // ways) * ways
-        self.interrupt = False
+        branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
+        scales = Scales(
+            jnp.float32(sampling.guidance_scale),
+            jnp.float32(sampling.image_guidance_scale),
+            jnp.float32(sampling.guidance_rescale),
+        )
         for start in range(0, len(stories), batch_size):
             chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
             real = min(batch_size, len(stories) - start)
             inputs = self._inputs([stories[i] for i in chosen], seed, shape, camera_motion)
             if initial_latents is not None:
                 inputs = inputs._replace(noise=self._place(initial_latents[chosen]))
-            after_step = None
-            if callback_on_step_end is not None:
-                after_step = self._after_step(callback_on_step_end, sampler, real)
-            drawn = self._run(inputs, null_ids, motion, sampler, sampling, mixing, after_step)
-            yield Drawing(*(np.asarray(array)[:real] for array in drawn))
-            if self.interrupt:
-                return
+            request = Request(branches, inputs, null_ids, motion, sampler, scales, mixing)
+            yield request, real
 
     def _place(self, array: Any) -> jax.Array:
         """An array that every process has whole, split by story."""
@@ -401,34 +438,6 @@ class StoryPipeline:
             return latents, not self.interrupt
 
         return after_step
-
-    def _run(
-        self,
-        inputs: Inputs,
-        null_ids: Int32[np.ndarray, "#f l"],
-        motion: Float32[np.ndarray, " m"],
-        sampler: Sampler,
-        sampling: SamplingConfig,
-        frameinit: FrameInit | None,
-        after_step: AfterStep | None,
-    ) -> tuple[Array, Array]:
-        scales = Scales(
-            jnp.float32(sampling.guidance_scale),
-            jnp.float32(sampling.image_guidance_scale),
-            jnp.float32(sampling.guidance_rescale),
-        )
-        return generate(
-            self._programs,
-            num_branches(sampling.guidance_scale, sampling.image_guidance_scale),
-            self.params,
-            inputs,
-            null_ids,
-            motion,
-            sampler,
-            scales,
-            frameinit,
-            after_step,
-        )
 
 
 @functools.partial(jax.jit, static_argnums=1)
