@@ -3,50 +3,44 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from contextualstory_jax import StoryPipeline, UserError
-from contextualstory_jax.exported import export_generation, generation_arrays
+from contextualstory_jax.exported import export_generation
 
-SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
-# As docs/export.md has it, but for the names of files.
-RUN = """
-import sys
-from pathlib import Path
-import jax
-import numpy as np
-
-program = jax.export.deserialize(Path("generation.jaxexport").read_bytes())
-assert program.platforms == ("cpu", "cuda")
-weights, request = (dict(np.load(file)) for file in ("weights.npz", "request.npz"))
-images, latents = program.call(weights, request)
-np.savez("images.npz", images=images, latents=latents)
-assert "contextualstory_jax" not in sys.modules
-"""
+DOCUMENT = Path(__file__).parents[1] / "docs" / "export.md"
 
 
 @pytest.mark.slow  # compiles in two processes
-def test_an_exported_program_gives_the_same_bytes_in_another_process(tiny_checkpoint, tmp_path):
-    pipeline = StoryPipeline.load(tiny_checkpoint)
-    (tmp_path / "generation.jaxexport").write_bytes(export_generation(pipeline))
-    weights, request = generation_arrays(pipeline, SENTENCES, seed=3)
-    np.savez(tmp_path / "weights.npz", **weights)
-    np.savez(tmp_path / "request.npz", **request)
+def test_the_documented_program_gives_the_same_bytes_in_another_process(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    writing, running = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(writing.replace("from_pretrained()", f"from_pretrained({str(tiny_checkpoint)!r})"), names)
+    check = """
+assert program.platforms == ("cpu", "cuda")
+import sys
+assert "contextualstory_jax" not in sys.modules
+"""
 
-    subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", running + check], check=True)
 
-    images = np.load(tmp_path / "images.npz")
-    np.testing.assert_array_equal(images["images"][0], pipeline(SENTENCES, seed=3))
-    expected = pipeline(SENTENCES, seed=3, output_type="latent")
-    np.testing.assert_allclose(images["latents"][0], expected, atol=1e-5)
+    found = np.load("images.npz")
+    for output_type, array in (("np", found["images"]), ("latent", found["latents"])):
+        expected = names["pipe"](names["sentences"], seed=0, output_type=output_type)
+        np.testing.assert_array_equal(array[0], expected)
 
 
 def test_without_flatbuffers_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
     with pytest.raises(UserError, match=r"flatbuffers is not installed; .* the extra \[export\]"):
-        export_generation(None)
+        export_generation(StoryPipeline.__new__(StoryPipeline))

@@ -47,6 +47,7 @@ MIDDLE = {
     "orbax_checkpoints",
     "convert",
     "export",
+    "exported",
     "flops",
     "hub",
     "initial",
