@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contextualstory_jax import Story, StoryPipeline
+from contextualstory_jax import Story, StoryPipeline, UserError
 from contextualstory_jax.camera import film
 from contextualstory_jax.config import FrameInitConfig, ModelConfig, SamplingConfig, build
 from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
@@ -354,7 +354,7 @@ def test_the_first_frames_posterior_follows_from_the_seed_and_the_id(tiny_model_
 def test_pictures_are_the_same_on_several_devices(pipeline, tiny_checkpoint, tmp_path):
     script = """
 import sys, numpy as np
-from contextualstory_jax import Story, StoryPipeline
+from contextualstory_jax import Story, StoryPipeline, UserError
 pipeline = StoryPipeline.load(sys.argv[1])
 assert pipeline.mesh.size == 2
 sentences = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
