@@ -129,8 +129,8 @@ def test_ten_numbers_of_steps_are_one_compilation(pipeline):
 
     with CompilationCount() as counter:
         for steps in (1, 2, 3, 4, 5, 8, 10, 12, 15, 20):
-            euler = SamplingConfig(steps=steps, guidance_scale=2.0, scheduler="euler")
-            drawn = pipeline(SENTENCES, sampling=euler)
+            ancestral = SamplingConfig(steps=steps, guidance_scale=2.0, scheduler="euler_ancestral")
+            drawn = pipeline(SENTENCES, sampling=ancestral)
 
     assert counter.count == 1
     assert np.ptp(drawn) > 20
