@@ -26,7 +26,7 @@ from contextualstory_jax.data.pictures import read_image, to_rgb
 from contextualstory_jax.stories import check_text, fit_picture
 
 OutputType = Literal["np", "pil", "latent"]
-FirstFrame = Image.Image | UInt8[np.ndarray, "h w 3"] | str | os.PathLike[str]
+FirstFrame = Image.Image | UInt8[np.ndarray, "_ _ 3"] | str | os.PathLike[str]
 
 
 class Story(NamedTuple):
