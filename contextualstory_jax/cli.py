@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -33,8 +34,13 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main`.
 
-    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C, one line and 130.
+    A `UserError` becomes one line on stderr and exit status 2; Ctrl-C, one line and 130. What the
+    package logs, from INFO on, are lines on stderr.
     """
+    logger = logging.getLogger("contextualstory_jax")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [logging.StreamHandler()]
     with interruption.watching():
         try:
             main()

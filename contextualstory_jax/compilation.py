@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Hashable
 from pathlib import Path
 
 import jax
+
+logger = logging.getLogger(__name__)
 
 
 def user_cache() -> Path:
@@ -37,3 +41,26 @@ def compiling(program: str, tensors: int, seconds_per_tensor: float) -> str:
     seconds = tensors * seconds_per_tensor
     time = f"{max(round(seconds, -1), 10):.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
     return f"compiling the {program} (about {time}, cached for the next time)"
+
+
+class GenerationLog:
+    """Log lines, at INFO, of a pipeline: its model and devices, and each compilation ahead of it.
+
+    Args:
+        model: a description of the model and its weights.
+        tensors: number of tensors of the UNet, which the time to compile grows with.
+    """
+
+    def __init__(self, model: str, tensors: int):
+        self._model, self._tensors = model, tensors
+        self._compiled: set[Hashable] = set()
+
+    def before(self, program: Hashable) -> None:
+        """Log a batch's program, unless one of the same key was logged before."""
+        if jax.process_index() > 0 or program in self._compiled:
+            return
+        if not self._compiled:
+            devices = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+            logger.info("generating on %s with %s", devices, self._model)
+        self._compiled.add(program)
+        logger.info(compiling("generation program", self._tensors, GENERATION_SECONDS))

@@ -149,17 +149,12 @@ def main(
     if arguments.save_latents:
         check_writable(arguments.save_latents.parent)
     # JAX takes seconds to import, and neither --help nor a mistake need wait for it.
-    from contextualstory_jax.arguments import Story, read_first_frame, read_size
-    from contextualstory_jax.compilation import use_compilation_cache
+    from contextualstory_jax.arguments import Story, check_stories, read_first_frame, read_size
     from contextualstory_jax.pipeline import StoryPipeline
     from contextualstory_jax.pretrained import find_checkpoint
 
-    use_compilation_cache()
     checkpoint = find_checkpoint(arguments.checkpoint)
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
-    warn_of_unknown_words(checkpoint, texts)
-    if note := pipeline.tokenizer.truncation_note(s for text in texts for s in text.sentences):
-        print(f"warning: {note}", file=sys.stderr)
     config = pipeline.model.config
     size = height, width = read_size(config, arguments.height, arguments.width)
     fitted = None if arguments.camera_motion else size
@@ -167,6 +162,10 @@ def main(
     for text in texts:
         image = text.first_frame and read_first_frame("first frame", text.first_frame, fitted)
         stories.append(Story(text.sentences, text.id, image))
+    check_stories(stories, config.unet, fitted)
+    warn_of_unknown_words(checkpoint, texts)
+    if note := pipeline.tokenizer.truncation_note(s for text in texts for s in text.sentences):
+        print(f"warning: {note}", file=sys.stderr)
     negative_prompt = arguments.negative_prompt
     if negative_prompt and len(negative_prompt) == 1:
         (negative_prompt,) = negative_prompt

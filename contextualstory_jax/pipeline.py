@@ -39,7 +39,7 @@ from contextualstory_jax.arguments import (
 )
 from contextualstory_jax.camera import film
 from contextualstory_jax.checkpoint import load_weights, read_model
-from contextualstory_jax.compilation import use_compilation_cache
+from contextualstory_jax.compilation import GenerationLog, use_compilation_cache
 from contextualstory_jax.config import FrameInitConfig, MeshConfig, SamplingConfig, require
 from contextualstory_jax.diffusion.frameinit import make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
@@ -117,6 +117,12 @@ class StoryPipeline:
         # Drawing only reads: weights are held once, in the dtype they are computed with.
         self.params = jax.device_put(_cast(params, model.dtype), placement.shardings(params))
         self._programs = make_programs(model, placement)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self._log = GenerationLog(
+            f"{parameters:,} parameters in {model.dtype}, {weights or 'given'} weights"
+            + ("" if step is None else f" of step {step}"),
+            len(model.shapes["unet"]),
+        )
         self.interrupt = False
 
     @classmethod
@@ -321,6 +327,7 @@ class StoryPipeline:
             after_step = None
             if callback_on_step_end is not None:
                 after_step = self._after_step(callback_on_step_end, request.sampler, real)
+            self._log.before((request.branches, request.inputs.noise.shape, request.sampler.step))
             drawn = generate(self._programs, self.params, request, after_step)
             yield Drawing(*(np.asarray(array)[:real] for array in drawn))
             if self.interrupt:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from contextualstory_jax.compilation import TRAINING_SECONDS, compiling
+from contextualstory_jax.compilation import TRAINING_SECONDS, GenerationLog, compiling
 
 ROOT = Path(__file__).parents[1]
 SHOW = """
@@ -54,3 +54,17 @@ def test_the_time_that_compiling_takes_is_estimated(tensors, time):
     line = compiling("training step", tensors, TRAINING_SECONDS)
 
     assert line == f"compiling the training step (about {time}, cached for the next time)"
+
+
+def test_a_pipeline_logs_its_model_once_and_each_program_once(caplog):
+    log = GenerationLog("3 parameters", tensors=1000)
+
+    with caplog.at_level("INFO"):
+        for program in ("a", "a", "b"):
+            log.before(program)
+
+    compiling_line = "compiling the generation program (about 30 s, cached for the next time)"
+    model_line, *others = caplog.messages
+    assert model_line.startswith("generating on ")
+    assert model_line.endswith(" with 3 parameters")
+    assert others == [compiling_line] * 2
