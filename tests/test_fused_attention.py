@@ -59,8 +59,15 @@ def device(platform: str, capability: str | None) -> types.SimpleNamespace:
         ("cpu", None, 0),
     ],
 )
-def test_the_widest_head_that_cudnn_takes(platform, capability, width):
-    assert cudnn_head_width(device(platform, capability)) == width
+def test_the_widest_head_that_cudnn_takes(monkeypatch, platform, capability, width):
+    found = device(platform, capability)
+    monkeypatch.setattr(jax, "devices", lambda: [found])
+
+    assert cudnn_head_width(found) == width
+
+
+def test_for_an_absent_gpu_jax_takes_the_heads_of_all():
+    assert cudnn_head_width(device("gpu", "9.0")) == 128
 
 
 def test_devices_without_a_capability_have_no_cudnn():

@@ -54,7 +54,8 @@ def cudnn_head_width(device: Any) -> int:
     capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", None)))
     if device.platform != "gpu" or capability is None or int(capability[1]) < 8:
         return 0
-    return 128 if int(capability[1]) == 8 else 256  # Ampere and Ada, or Hopper and later
+    # Ampere and Ada, or Hopper and later. For an absent device JAX looks at this machine's instead.
+    return 256 if int(capability[1]) > 8 and device in jax.devices() else 128
 
 
 def suits_cudnn(q: Float[Array, "*batch q n k"]) -> bool:
