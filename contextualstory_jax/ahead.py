@@ -38,6 +38,8 @@ from contextualstory_jax.trainer import abstract_state, check_batch, step_progra
 # XLA's least effort, and one code for equal layers: a fraction of the time and half of the memory,
 # for a program of the same operations that fuses and overlaps less.
 QUICK = {"exec_time_optimization_effort": -1.0, "xla_tpu_enable_deduplicated_calls": True}
+# With no GPU to time them on, Triton's default tiles do not fit some products.
+ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
 def tpu_devices(topology: str) -> list[Any]:
@@ -259,6 +261,8 @@ def report(program: Program, *, quick: bool = False) -> dict[str, Any]:
     program's than that which would run.
     """
     chips, device = program.mesh.size, program.mesh.devices.flat[0]
+    is_gpu = device.platform == "gpu"
+    require(not (is_gpu and quick), "--quick is of TPUs alone; leave it out")
     useful = program.useful_flops // chips
     values: dict[str, Any] = {
         "device": device.device_kind,
@@ -271,7 +275,7 @@ def report(program: Program, *, quick: bool = False) -> dict[str, Any]:
     }
     began = time.monotonic()
     try:
-        used = total_use(program, QUICK if quick else None)
+        used = total_use(program, ABSENT_GPU if is_gpu else QUICK if quick else None)
     except jax.errors.JaxRuntimeError as error:
         found = needed_memory(error)
         if found is None:
