@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from contextualstory_jax import interruption
 from contextualstory_jax.errors import UserError
+
+OUT_OF_MEMORY = (
+    "the device has too little memory; take a smaller batch or image size, or 16-bit numbers"
+)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -45,5 +50,14 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-            sys.exit(2)
+            _refuse(str(error))
+        except RuntimeError as error:  # JAX's, which is not imported here, is one
+            # A CPU's out-of-memory error has the code INTERNAL.
+            if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):
+                raise
+            _refuse(OUT_OF_MEMORY)
+
+
+def _refuse(message: str) -> NoReturn:
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    sys.exit(2)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import contextualstory_jax
 from contextualstory_jax import UserError, generate
-from contextualstory_jax.cli import run
+from contextualstory_jax.cli import OUT_OF_MEMORY, run
 from contextualstory_jax.stories import StoryText
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
@@ -339,6 +339,20 @@ def test_an_error_of_several_lines_is_printed_as_one(capsys):
         run(main)
 
     assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_too_little_memory_is_one_line_and_other_failures_are_not_hidden(capsys):
+    def too_large() -> None:
+        raise RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 345")
+
+    def broken() -> None:
+        raise RuntimeError("INTERNAL: a defect")
+
+    with pytest.raises(SystemExit, match="2"):
+        run(too_large)
+    assert capsys.readouterr().err == f"error: {OUT_OF_MEMORY}\n"
+    with pytest.raises(RuntimeError, match="a defect"):
+        run(broken)
 
 
 def test_about_needs_neither_stories_nor_a_place_to_write(tiny_checkpoint, capsys):
