@@ -111,41 +111,62 @@ def compare_storyflow(case: Case) -> Iterator[Comparison]:
     yield Comparison(ours, case.arrays["test_embedding"], MODULE_TOLERANCE, "in sampling")
 
 
-def compare_unet(case: Case) -> Iterator[Comparison]:
+def unet_inputs(case: Case) -> tuple[np.ndarray | None, ...]:
+    """Sample, text, null text and first frame in our layouts."""
     arrays, f = case.arrays, case.config.n_frames
-    sample = rearrange(arrays["sample"], "b c f h w -> b f h w c")
-    text = rearrange(arrays["text"], "(b f) l d -> b f l d", f=f)
-    null_text = arrays["null_text"][None]
     first_frame = arrays.get("first_frame_latents")
     if first_frame is not None:
         first_frame = rearrange(first_frame, "b c 1 h w -> b h w c")
-    is_train = case.info["mode"] == "train"
+    return (
+        rearrange(arrays["sample"], "b c f h w -> b f h w c"),
+        rearrange(arrays["text"], "(b f) l d -> b f l d", f=f),
+        arrays["null_text"][None],
+        first_frame,
+    )
+
+
+def frame_strides(case: Case, batch: int) -> jax.Array | None:
+    """A stride for each story of a batch, or for each of its frames.
+
+    A case gives one number, in its JSON or its arrays, one a story, or one a frame.
+    """
+    given = case.arrays.get("frame_stride", case.info.get("frame_stride"))
+    if given is None:
+        return None
+    stories, frames = case.arrays["sample"].shape[0], case.config.n_frames
+    of_frames = np.size(given) in (stories * frames, batch * frames)
+    return jnp.asarray(np.resize(given, (batch, frames) if of_frames else (batch,)))
+
+
+def predict_noise(case: Case, unet: UNet, sample, text, null_text, first_frame) -> jax.Array:
+    """The UNet on `unet_inputs`, which may be traced; all branches of guidance together."""
+    arrays = case.arrays
     # Guidance: so many branches with the null text stand before the conditional one.
     unconditional = {None: 0, "text": 1, "both": 2}[case.info["guidance"]]
 
-    def predict(unet, sample, text, null_text, first_frame):
-        storyline = unet.contextualize(text)
-        null_text = jnp.broadcast_to(null_text, storyline.shape)
-        if is_train:
-            storyline = jnp.where(arrays["is_null"][:, None, None, None], null_text, storyline)
-        storyline = jnp.concatenate([null_text] * unconditional + [storyline])
+    def branches(x):
+        return jnp.concatenate([x] * (unconditional + 1))
 
-        def branches(x):
-            return jnp.concatenate([x] * (unconditional + 1))
+    storyline = unet.contextualize(text)
+    null_text = jnp.broadcast_to(null_text, storyline.shape)
+    if case.info["mode"] == "train":
+        storyline = jnp.where(arrays["is_null"][:, None, None, None], null_text, storyline)
+    storyline = jnp.concatenate([null_text] * unconditional + [storyline])
+    sample = branches(sample)
+    timesteps = jnp.broadcast_to(arrays["timesteps"], sample.shape[:1])
+    storyflow = unet.storyflow(jnp.asarray(arrays["motion"]))
+    return unet(
+        sample,
+        unet.time_shifts(timesteps, storyflow, frame_strides(case, len(sample))),
+        unet.text_keys_values(storyline),
+        None if first_frame is None else branches(first_frame),
+    )
 
-        sample = branches(sample)
-        timesteps = jnp.broadcast_to(arrays["timesteps"], sample.shape[:1])
-        motion = jnp.asarray(arrays["motion"])
-        return unet(
-            sample,
-            unet.time_shifts(timesteps, unet.storyflow(motion)),
-            unet.text_keys_values(storyline),
-            None if first_frame is None else branches(first_frame),
-        )
 
-    ours = case.run(predict, sample, text, null_text, first_frame)
+def compare_unet(case: Case) -> Iterator[Comparison]:
+    ours = case.run(functools.partial(predict_noise, case), *unet_inputs(case))
     ours = rearrange(ours, "b f h w c -> b c f h w")
-    yield Comparison(ours, arrays["noise_pred"], UNET_TOLERANCE)
+    yield Comparison(ours, case.arrays["noise_pred"], UNET_TOLERANCE)
 
 
 COMPARE = {

@@ -39,5 +39,7 @@ def marks(case: Path) -> list[pytest.MarkDecorator]:
     if case.parent.name == "full":
         return [pytest.mark.full_size]
     kind = json.loads(case.read_text())["kind"]
-    is_long = kind in ("train", "pipeline") or (kind == "unet" and name(case) not in SHORT_UNETS)
+    is_long = kind in ("gradient", "train", "pipeline") or (
+        kind == "unet" and name(case) not in SHORT_UNETS
+    )
     return [pytest.mark.slow] if is_long and case.is_relative_to(OWN) else []

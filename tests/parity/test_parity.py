@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -40,12 +41,17 @@ from tests.parity.cases import (
     COMPARE,
     LATENTS_TOLERANCE,
     MODULE_TOLERANCE,
+    UNET_TOLERANCE,
     Case,
     compare,
+    predict_noise,
     relative_error,
+    unet_inputs,
 )
 from tests.parity.conftest import OWN, find_cases
 from tests.released import PREFIXES, write_folder
+
+GRADIENT_TOLERANCE = 5e-5  # of the sample
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
@@ -57,6 +63,39 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None
 def check_outputs(path: Path, tmp_path: Path) -> None:
     for comparison in compare(Case(path)):
         assert_close(comparison.ours, comparison.theirs, comparison.tolerance)
+
+
+def check_gradient(path: Path, tmp_path: Path) -> None:
+    """A prediction, and the gradient of its product with a given array, in every parameter."""
+    case = Case(path)
+    arrays, seed = case.arrays, case.info["weight_seed"]
+
+    @jax.jit
+    def gradient(params, sample, *more):
+        def total(params, sample):
+            out = predict_noise(case, case.network.bind(params), sample, *more)
+            out = rearrange(out, "b f h w c -> b c f h w")
+            return jnp.sum(out * arrays["cotangent"]), out
+
+        return jax.grad(total, argnums=(0, 1), has_aux=True)(params, sample)
+
+    (of_params, of_sample), out = gradient(case.params, *unet_inputs(case))
+
+    assert_close(np.asarray(out), arrays["noise_pred"], UNET_TOLERANCE)
+    of_sample = rearrange(np.asarray(of_sample), "b f h w c -> b c f h w")
+    assert_close(of_sample, arrays["sample_grad"], GRADIENT_TOLERANCE)
+    # A tensor whose gradient all but cancels holds little beside what the sums were rounded by.
+    rounding = 1e-6 * np.linalg.norm(arrays["grad_norm"])
+    for (key, name), norm, probe in zip(
+        parameter_names(case), arrays["grad_norm"], arrays["grad_probe"], strict=True
+    ):
+        if name is None:
+            assert norm == 0, key
+            continue
+        tensor = weights.to_torch(name, np.asarray(of_params[name])).astype(np.float64)
+        assert abs(np.linalg.norm(tensor) - norm) <= 1e-3 * norm + rounding, key
+        ours = np.sum(tensor * recipe.randn(f"probe.{key}", tensor.shape, seed))
+        assert abs(ours - probe) <= 1e-3 * norm + rounding, key
 
 
 def check_train(path: Path, tmp_path: Path) -> None:
@@ -115,18 +154,27 @@ def check_train(path: Path, tmp_path: Path) -> None:
     check_probes(case, initial["unet"], state)
 
 
+def parameter_names(case: Case) -> Iterator[tuple[str, str | None]]:
+    """The original's name of each tensor and ours, which is None where nothing reads it."""
+    shapes = case.network.shapes
+    ours = {weights.torch_key(name, len(shapes[name].shape)): name for name in shapes}
+    for key in map(str, case.arrays["param_names"]):
+        name = ours.pop(key, None)
+        assert name or any(re.fullmatch(pattern, key) for pattern, _ in weights.DEAD), key
+        yield key, name
+    assert not ours, f"not in the case: {sorted(ours)[:3]}"
+
+
 def check_probes(case: Case, initial: dict[str, jax.Array], state: TrainState) -> None:
     """Every tensor after the last step, by its projection on a random vector."""
     arrays, seed = case.arrays, case.info["weight_seed"]
-    ours = {weights.torch_key(name, p.ndim): name for name, p in initial.items()}
     unmoved = 0
-    for key, probe, delta, ema_probe in zip(
-        *(arrays[n] for n in ("param_names", "param_probe", "param_delta_norm", "ema_probe")),
+    for (key, name), probe, delta, ema_probe in zip(
+        parameter_names(case),
+        *(arrays[n] for n in ("param_probe", "param_delta_norm", "ema_probe")),
         strict=True,
     ):
-        name = ours.pop(str(key), None)
-        if name is None:  # a tensor that nothing reads is no parameter of ours
-            assert any(re.fullmatch(pattern, key) for pattern, _ in weights.DEAD), key
+        if name is None:
             assert delta == 0, key
             unmoved += 1
             continue
@@ -141,7 +189,6 @@ def check_probes(case: Case, initial: dict[str, jax.Array], state: TrainState) -
         tolerance = 2e-3 * delta + 1e-5
         assert abs(projected(final) - probe) <= tolerance, key
         assert abs(projected(state.ema_params["unet"][name]) - ema_probe) <= tolerance, key
-    assert not ours, f"not in the case: {sorted(ours)[:3]}"
     assert unmoved == np.sum(arrays["param_delta_norm"] == 0)
 
 
@@ -221,6 +268,7 @@ def pipeline_options(info: dict) -> list[str]:
 
 CHECKS = {
     **dict.fromkeys(COMPARE, check_outputs),
+    "gradient": check_gradient,
     "train": check_train,
     "pipeline": check_pipeline,
 }
