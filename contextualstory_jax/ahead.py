@@ -318,8 +318,8 @@ def total_use(program: Program, options: dict[str, Any] | None = None) -> Use:
         hlo = compiled.as_text() or ""
         # XLA counts a loop of unknown length once, and all operations of that part are in it.
         flops = part.steps * int(cost.get("flops", 0))
-        counts = (count(hlo, part.steps) for count in (memory_traffic, collectives, custom_calls))
-        uses.append(Use(memory_use(compiled), flops, *counts))
+        moved = memory_traffic(hlo, part.steps), collectives(hlo, part.steps)
+        uses.append(Use(memory_use(compiled), flops, *moved, custom_calls(hlo, part.steps)))
     together: dict[str, Collective] = {}
     for kind, c in (item for use in uses for item in use.collectives.items()):
         before = together.get(kind, Collective(0, 0))

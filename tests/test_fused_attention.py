@@ -101,7 +101,6 @@ def test_cudnn_is_chosen_by_dtype_lengths_head_width_and_device(
 ):
     devices = [device("gpu", capability) for capability in capabilities]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    monkeypatch.setattr(jax, "device_count", lambda: len(devices))
 
     assert suits_cudnn(jnp.zeros(shape, dtype)) == chosen
 

@@ -64,13 +64,11 @@ def suits_cudnn(q: Float[Array, "*batch q n k"]) -> bool:
     It takes 16-bit numbers, heads of a multiple of 8 channels, and on a mesh a batch that divides
     over it. Outside of programs that name their devices there must be one alone.
     """
-    place = _place.get()
-    if isinstance(place and place.mesh, AbstractMesh) or (not place and jax.device_count() > 1):
-        return False
+    place, device = _place.get(), _device()
     *batch, queries, _, channels = q.shape
-    device = place.mesh.devices.flat[0] if place else jax.devices()[0]
     return (
-        q.dtype in (jnp.bfloat16, jnp.float16)
+        device is not None
+        and q.dtype in (jnp.bfloat16, jnp.float16)
         and queries >= MIN_QUERIES
         and channels % 8 == 0
         and channels <= cudnn_head_width(device)
@@ -78,10 +76,19 @@ def suits_cudnn(q: Float[Array, "*batch q n k"]) -> bool:
     )
 
 
+def _device() -> Any:
+    """One of the devices that the program is for, all of a kind; None where it names none."""
+    place = _place.get()
+    if place is None:
+        return jax.devices()[0] if len(jax.devices()) == 1 else None
+    return place.mesh.devices.flat[0] if isinstance(place.mesh, Mesh) else None
+
+
 def fused_attention(
     q: Float[Array, "b q n k"],
     k: Float[Array, "b s n k"],
     v: Float[Array, "b s n k"],
+    *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "b q n k"]:
     """`jax.nn.dot_product_attention`; on a mesh split by batch and, where they divide, by heads.
