@@ -96,7 +96,7 @@ def test_the_table_and_the_file_hold_the_same_lines(tmp_path):
         (["--suite=cpu", "--reference=."], "--reference and --reference-python go together"),
         (["--suite=cpu", "--quick"], "--chip and --quick are of the suite tpu-aot"),
         (["--suite=cpu", "--json=none/out.json"], "--json: no folder "),
-        (["--suite=cpu", "--config=none.py"], "no recipe none.py"),
+        (["--suite=cpu", "--config=none.py"], "no config none.py"),
         (
             ["--suite=cpu", "--reference=none", "--reference-python=python"],
             "no original in none: name a clone of sixiaozheng/ContextualStory",

@@ -143,7 +143,7 @@ def test_in_continuation_the_first_frame_is_given_and_not_measured(readable_conf
     [
         ("--stories 0", "--stories must be at least 1; got 0"),
         ("--stories many", "--stories: invalid int value: 'many'"),
-        ("--config absent.py", "no recipe absent.py"),
+        ("--config absent.py", "no config absent.py"),
         ("--checkpoint absent", "no checkpoint folder absent"),
         ("--checkpoint {tiny}", "square pictures of 32 pixels or more"),
         ("--checkpoint {tiny} --weights raw", "holds no raw weights"),

@@ -139,9 +139,10 @@ def test_upsampling_repeats_pixels():
         {"conv.kernel": kernel, "conv.bias": jnp.zeros(1)}
     )
 
-    out = upsample(jnp.array([[1.0, 2]]).reshape(1, 1, 1, 2, 1))
+    x = jnp.array([[1.0, 2]]).reshape(1, 1, 1, 2, 1)
 
-    np.testing.assert_array_equal(out[0, 0, :, :, 0], [[1, 1, 2, 2], [1, 1, 2, 2]])
+    np.testing.assert_array_equal(upsample(x, 2, 4)[0, 0, :, :, 0], [[1, 1, 2, 2]] * 2)
+    np.testing.assert_array_equal(upsample(x, 1, 3)[0, 0, :, :, 0], [[1, 1, 2]])
 
 
 @pytest.mark.parametrize(("see_first_frame", "moved"), [(False, [1, 0, 0]), (True, [1, 1, 1])])

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -88,7 +90,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, Path]]:
     from contextualstory_jax import trainer
 
     calls = []
-    monkeypatch.setattr(trainer, "train_and_evaluate", lambda *arguments: calls.append(arguments))
+
+    def train_and_evaluate(*arguments: Any) -> SimpleNamespace:
+        calls.append(arguments)
+        return SimpleNamespace(step=0)
+
+    monkeypatch.setattr(trainer, "train_and_evaluate", train_and_evaluate)
     return calls
 
 
