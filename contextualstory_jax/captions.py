@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from font_roboto import Roboto
+from font_roboto import font_files
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
@@ -31,7 +31,7 @@ def viewable(
     images = [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in frames]
     if captions is None:
         return images
-    font = ImageFont.truetype(Roboto, FONT_SIZE)  # Latin, Greek and Cyrillic letters
+    font = ImageFont.truetype(font_files["Roboto"], FONT_SIZE)  # Latin, Greek and Cyrillic letters
     texts = [wrap(caption, font, size[0] - 2 * MARGIN) for caption in captions]
     bottom = size[1] + 2 * MARGIN + _text_height("\n".join(max(texts, key=len)), font)
     return [_write_under(*pair, font, bottom) for pair in zip(images, texts, strict=True)]

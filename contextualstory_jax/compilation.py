@@ -22,7 +22,7 @@ def use_compilation_cache() -> None:
 
     A folder that JAX_COMPILATION_CACHE_DIR or `jax.config` names is left as it is set up.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
