@@ -1,4 +1,4 @@
-"""What training or generation takes on a TPU slice, or on NVIDIA GPUs, that are not there.
+"""Costs of training or generation on a TPU slice, or on NVIDIA GPUs, that are not there.
 
 XLA compiles for a slice of which it knows the name alone, and refuses what does not fit a chip's
 memory. Of a GPU it needs a description; kernels are not tuned for it, and nothing is refused.
@@ -300,7 +300,7 @@ def report(program: Program, *, quick: bool = False) -> dict[str, Any]:
 
 
 class Use(NamedTuple):
-    """What compiled programs take of one device."""
+    """Memory, traffic and operations of compiled programs on one device."""
 
     memory: dict[str, int]
     flops: int

@@ -98,7 +98,7 @@ def prepare(
     init_noise_sigma: Float[Array, ""],
     frameinit: FrameInit | None,
 ) -> tuple[Conditioning, Float[Array, "b g p q c"]]:
-    """What the steps share, and the latents that they begin with.
+    """Conditioning that all steps share, and the latents that they begin with.
 
     Args: `branches`, the number of predictions that guidance needs (`guidance.py`).
     """

@@ -79,7 +79,7 @@ def prepare(
     """Write the stories in `config.root` to a new folder, pictures of `size` x `size` pixels.
 
     Where something is wrong with them the folder does not appear. With `skip_broken` it does,
-    without the stories that lack a picture and those whose id an earlier one has. Captions of more
+    without the stories that miss an image and those whose id an earlier one has. Captions of more
     than 77 tokens are reported and kept: the tokenizer truncates them. Args: `token_count`, of a
     caption, by default `least_tokens`; `progress`, called with the number of files with pictures
     that are done, and of all. Raises `UserError` for a folder that is not the dataset's, and where

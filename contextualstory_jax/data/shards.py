@@ -38,7 +38,7 @@ DATASET = "dataset"  # in the folder of work: what gets its name at the end
 
 
 class _Note(NamedTuple):
-    """What a shard holds: the number of records of each file, and of broken ones what is wrong.
+    """Contents of a shard: the number of records of each file, and of broken ones what is wrong.
 
     `remarks` are those of its process so far, which the first process logs. `stamps` are the
     files' sizes and times of change when they were read.
@@ -176,14 +176,14 @@ def _note_path(shard: Path) -> Path:
 
 
 def _read_note(shard: Path) -> _Note | None:
-    """What an earlier run noted of a shard; None where either is missing or the note damaged."""
+    """Notes of an earlier run on a shard; None where either is missing or the note damaged."""
     note = _read_json(_note_path(shard))
     intact = isinstance(note, list) and len(note) == len(_Note._fields) and shard.is_file()
     return _Note(*note) if intact else None
 
 
 def _read_json(path: Path) -> Any:
-    """What an earlier run wrote to a file; None where that is missing or damaged."""
+    """Content that an earlier run wrote to a file; None where that is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -110,7 +110,7 @@ def _attend_at_even_lengths(
     k: Float[Array, "b s n k"],
     v: Float[Array, "b s n k"],
 ) -> Float[Array, "b q n k"]:
-    # JAX refuses to differentiate cuDNN's attention at odd lengths. The padding is told by lengths:
+    # JAX refuses to differentiate cuDNN's attention at odd lengths. Lengths mark the padding:
     # a mask would become a bias, which takes another, slower kernel.
     batch, queries, keys = len(q), q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
