@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from contextualstory_jax.cli import run
 from contextualstory_jax.commands import convert, export
+from contextualstory_jax.utils.cli import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ the dataset as it was published.
 
 Source: the original's `configs/visualization/training_contextualstory_sv_pororo.yaml` and the
 defaults of its `train.py`. What they say and is not repeated here is the default of
-`contextualstory_jax/config.py` or `recipe_config.py` beside it:
+`contextualstory_jax/config/model_config.py` or `config/train_config.py` beside it:
 
 - model: that of `UNetConfig`, 1.42 billion parameters, all trained; the codec and the text tower
   are frozen; DDIM betas linear 0.00085 to 0.012; noise `pyoco_mixed`, alpha 1.5;

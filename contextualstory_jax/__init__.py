@@ -6,21 +6,21 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax import interruption
+from contextualstory_jax.utils import interruption
 
 if TYPE_CHECKING:
-    from contextualstory_jax.arguments import Story
-    from contextualstory_jax.errors import UserError
-    from contextualstory_jax.pipeline import StoryPipeline
+    from contextualstory_jax.sampling.arguments import Story
+    from contextualstory_jax.sampling.pipeline import StoryPipeline
     from contextualstory_jax.train import train_and_evaluate
+    from contextualstory_jax.utils.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = ["Story", "StoryPipeline", "UserError", "train_and_evaluate"]
 
 _HOMES = {
-    "Story": "arguments",
-    "StoryPipeline": "pipeline",
-    "UserError": "errors",
+    "Story": "sampling.arguments",
+    "StoryPipeline": "sampling.pipeline",
+    "UserError": "utils.errors",
     "train_and_evaluate": "train",
 }
 

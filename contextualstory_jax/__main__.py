@@ -9,8 +9,8 @@ import importlib
 from collections.abc import Sequence
 
 from contextualstory_jax import __version__
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.utils.errors import UserError
 
 # Each command's module, and one line about it.
 COMMANDS = {

@@ -1,7 +1,7 @@
 """`python -m contextualstory_jax.evaluate --out DIR`: draws the test split, measures the pictures.
 
 Where JAX runs in several processes, each draws a part, and the first writes what is about all.
-From Python: `contextualstory_jax.evaluation.evaluate` for a few stories.
+From Python: `contextualstory_jax.evaluation.compare.evaluate` for a few stories.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import require
-from contextualstory_jax.processes import add_arguments, connect, say
-from contextualstory_jax.recipe_config import DataConfig
-from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe
+from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe
+from contextualstory_jax.config.train_config import DataConfig
+from contextualstory_jax.distributed.multihost import add_arguments, connect, say
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.utils.errors import require
 
 if TYPE_CHECKING:
-    from contextualstory_jax.pipeline import StoryPipeline
+    from contextualstory_jax.sampling.pipeline import StoryPipeline
 
 SHAPES_STORIES = 64  # of those there is no end
 
@@ -74,14 +74,14 @@ def main(
     import jax
     from tqdm import tqdm
 
-    from contextualstory_jax.compilation import use_compilation_cache
     from contextualstory_jax.data.loader import held_out_source, story_notes
-    from contextualstory_jax.evaluation import require_readable, table, untrained
-    from contextualstory_jax.gallery import Gallery
-    from contextualstory_jax.gallery_pages import write_index
-    from contextualstory_jax.held_out import draw_split, measure_split, tell
-    from contextualstory_jax.output import check_writable, write_json
-    from contextualstory_jax.pipeline import SHIPPED, StoryPipeline
+    from contextualstory_jax.distributed.compilation import use_compilation_cache
+    from contextualstory_jax.evaluation.compare import require_readable, table, untrained
+    from contextualstory_jax.evaluation.results import Gallery
+    from contextualstory_jax.evaluation.results_html import write_index
+    from contextualstory_jax.evaluation.sample_split import draw_split, measure_split, tell
+    from contextualstory_jax.sampling.pipeline import SHIPPED, StoryPipeline
+    from contextualstory_jax.utils.atomic import check_writable, write_json
 
     check_writable(arguments.out)
     use_compilation_cache()
@@ -144,8 +144,8 @@ def describe(
     measured: bool,
 ) -> dict[str, Any]:
     """What the pictures follow from, how many there are, and which metrics."""
-    from contextualstory_jax.checkpoint import weights_digest
-    from contextualstory_jax.metrics.characters import METRICS
+    from contextualstory_jax.checkpoints.layout import weights_digest
+    from contextualstory_jax.evaluation.metrics.characters import METRICS
 
     config = pipeline.model.config
     named = {

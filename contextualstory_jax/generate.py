@@ -15,19 +15,20 @@ import numpy as np
 from tqdm import tqdm
 
 from contextualstory_jax import __version__
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import CameraMotion, FrameInitConfig, SamplingConfig, require
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.files import check_file
-from contextualstory_jax.interruption import check
-from contextualstory_jax.output import check_writable, write_json, write_latents, write_story
-from contextualstory_jax.stories import (
+from contextualstory_jax.config.model_config import CameraMotion, FrameInitConfig, SamplingConfig
+from contextualstory_jax.sampling.output import write_latents, write_story
+from contextualstory_jax.sampling.prompts import (
     StoryText,
     check_sentence,
     folder_name,
     read_jsonl,
     read_txt,
 )
+from contextualstory_jax.utils.atomic import check_writable, write_json
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.utils.errors import UserError, require
+from contextualstory_jax.utils.files import check_file
+from contextualstory_jax.utils.interruption import check
 
 PRINTED_STORIES = 8  # whose paths are printed
 
@@ -149,9 +150,14 @@ def main(
     if arguments.save_latents:
         check_writable(arguments.save_latents.parent)
     # JAX takes seconds to import, and neither --help nor a mistake need wait for it.
-    from contextualstory_jax.arguments import Story, check_stories, read_first_frame, read_size
-    from contextualstory_jax.pipeline import StoryPipeline
-    from contextualstory_jax.pretrained import find_checkpoint
+    from contextualstory_jax.sampling.arguments import (
+        Story,
+        check_stories,
+        read_first_frame,
+        read_size,
+    )
+    from contextualstory_jax.sampling.pipeline import StoryPipeline
+    from contextualstory_jax.sampling.pretrained import find_checkpoint
 
     checkpoint = find_checkpoint(arguments.checkpoint)
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
@@ -234,10 +240,10 @@ def print_about(checkpoint: str | None) -> None:
 
     Raises `UserError` where there is none.
     """
-    from contextualstory_jax.about import about
-    from contextualstory_jax.checkpoint import read_model
-    from contextualstory_jax.pretrained import find_checkpoint
-    from contextualstory_jax.vocabulary import read_vocabulary
+    from contextualstory_jax.checkpoints.layout import read_model
+    from contextualstory_jax.data.vocabulary import read_vocabulary
+    from contextualstory_jax.sampling.about import about
+    from contextualstory_jax.sampling.pretrained import find_checkpoint
 
     folder = find_checkpoint(checkpoint)
     print(about(read_model(folder), read_vocabulary(folder)))
@@ -245,7 +251,7 @@ def print_about(checkpoint: str | None) -> None:
 
 def warn_of_unknown_words(checkpoint: Path, texts: Sequence[StoryText]) -> None:
     """Print a warning for each word that the checkpoint's training stories do not contain."""
-    from contextualstory_jax.vocabulary import read_vocabulary, warnings
+    from contextualstory_jax.data.vocabulary import read_vocabulary, warnings
 
     vocabulary = read_vocabulary(checkpoint)
     sentences = [sentence for text in texts for sentence in text.sentences]

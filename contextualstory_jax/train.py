@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax import interruption
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.processes import add_arguments, connect, say
-from contextualstory_jax.recipe_config import TrainConfig
-from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe, train_config
+from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe, train_config
+from contextualstory_jax.config.train_config import TrainConfig
+from contextualstory_jax.distributed.multihost import add_arguments, connect, say
+from contextualstory_jax.utils import interruption
+from contextualstory_jax.utils.cli import ArgumentParser, run
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from contextualstory_jax.state import TrainState
+    from contextualstory_jax.training.train_step import TrainState
 
 # JAX takes seconds to import, and neither --help nor a mistake in the recipe need wait for it: the
 # trainer is imported where work begins.
@@ -32,7 +32,7 @@ def train_and_evaluate(
     Raises `UserError` for what the user can mend and `trainer.NonFiniteLoss` where training
     diverges.
     """
-    from contextualstory_jax import trainer
+    from contextualstory_jax.training import trainer
 
     if not isinstance(config, TrainConfig):
         config = train_config(config)
@@ -76,7 +76,7 @@ def main(
     arguments, overrides = parse(argv, prog)
     config = load_recipe(arguments.config, overrides)
     connect(arguments)
-    from contextualstory_jax import trainer
+    from contextualstory_jax.training import trainer
 
     try:
         state = trainer.train_and_evaluate(config, arguments.workdir)

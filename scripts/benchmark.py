@@ -27,10 +27,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # what measures is not in an installation
 
-from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
-from contextualstory_jax.config import require  # noqa: E402
-from contextualstory_jax.recipe_config import TrainConfig  # noqa: E402
-from contextualstory_jax.recipes import load_recipe  # noqa: E402
+from contextualstory_jax.config.config_files import load_recipe  # noqa: E402
+from contextualstory_jax.config.train_config import TrainConfig  # noqa: E402
+from contextualstory_jax.utils.cli import ArgumentParser, run  # noqa: E402
+from contextualstory_jax.utils.errors import require  # noqa: E402
 
 PARTS = {
     "cpu": ("unet", "seta", "training"),

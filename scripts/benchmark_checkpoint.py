@@ -23,14 +23,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import require
-from contextualstory_jax.model import StoryModel
-from contextualstory_jax.orbax_checkpoints import Checkpoints
-from contextualstory_jax.processes import say
-from contextualstory_jax.recipes import load_recipe
-from contextualstory_jax.sharding import Placement, make_mesh
-from contextualstory_jax.trainer import abstract_state, to_items
+from contextualstory_jax.checkpoints.manager import Checkpoints
+from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.distributed.multihost import say
+from contextualstory_jax.distributed.sharding import Placement, make_mesh
+from contextualstory_jax.models.story_model import StoryModel
+from contextualstory_jax.training.trainer import abstract_state, to_items
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.utils.errors import require
 
 ROUNDS = 3  # the first has threads to start
 

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.shapes import story
-from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.utils.cli import ArgumentParser, run
 
 FRAMES, BATCH = 5, 12  # of a story; stories
 RAW = "group_size:1,uncompressed"  # as `prepare` writes

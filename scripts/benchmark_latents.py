@@ -21,8 +21,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from contextualstory_jax.data.index import StoryRecord, StorySource, numbered
-from contextualstory_jax.data.latents import (
+from contextualstory_jax.data.latent_cache import (
     ABOUT,
     DTYPES,
     FORMAT,
@@ -32,6 +31,7 @@ from contextualstory_jax.data.latents import (
     tabulate,
 )
 from contextualstory_jax.data.loader import read_batches
+from contextualstory_jax.data.story_source import StoryRecord, StorySource, numbered
 
 MOMENTS = (2, 32, 32, 4)  # of a picture of 256 x 256: mean and log of variance
 TEXTS = {"published": (77, 1024), "embedded stories": (16, 64)}  # tokens and features

@@ -32,13 +32,13 @@ from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what measures is not in an installation
 
-from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
-from contextualstory_jax.config import require  # noqa: E402
 from contextualstory_jax.models import attention as models_attention  # noqa: E402
 from contextualstory_jax.models import temporal  # noqa: E402
 from contextualstory_jax.models.attention import attention, seta_attention  # noqa: E402
 from contextualstory_jax.models.network import Network  # noqa: E402
 from contextualstory_jax.models.temporal import TemporalAttention  # noqa: E402
+from contextualstory_jax.utils.cli import ArgumentParser, run  # noqa: E402
+from contextualstory_jax.utils.errors import require  # noqa: E402
 from scripts.benchmarks.measuring import timed  # noqa: E402
 
 FRAMES, HEADS = 5, 8

@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from contextualstory_jax.ahead import QUICK, tpu_devices
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.flops import DEVICES
-from contextualstory_jax.hlo import memory_traffic
+from contextualstory_jax.analysis.ahead_of_time import QUICK, tpu_devices
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.models.flops import DEVICES
+from contextualstory_jax.analysis.hlo import memory_traffic
 from scripts.benchmark_seta import FRAMES, LEVELS, programs
 
 

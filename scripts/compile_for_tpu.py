@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import scripts.benchmarks.absent_tpu  # noqa: F401, I001 - before JAX
 
-from contextualstory_jax.ahead import absent_devices, drawing, report, training
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.recipes import load_recipe
+from contextualstory_jax.analysis.ahead_of_time import absent_devices, drawing, report, training
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.config.config_files import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

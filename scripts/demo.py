@@ -11,16 +11,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.compilation import use_compilation_cache
-from contextualstory_jax.config import require
+from contextualstory_jax.config.config_files import load_recipe
 from contextualstory_jax.data.loader import test_stories
-from contextualstory_jax.evaluation import evaluate, table, untrained
-from contextualstory_jax.output import check_writable
-from contextualstory_jax.pipeline import StoryPipeline
-from contextualstory_jax.recipes import load_recipe
-from contextualstory_jax.storybook import read_losses, write_storybook
+from contextualstory_jax.distributed.compilation import use_compilation_cache
+from contextualstory_jax.evaluation.compare import evaluate, table, untrained
+from contextualstory_jax.evaluation.storybook import read_losses, write_storybook
+from contextualstory_jax.sampling.pipeline import StoryPipeline
 from contextualstory_jax.train import train_and_evaluate
+from contextualstory_jax.utils.atomic import check_writable
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.utils.errors import require
 
 RECIPE = Path(__file__).parents[1] / "configs" / "shapes.py"
 # The recipe is for an hour or two; in minutes there is no time for a schedule, a long average, or

@@ -11,7 +11,7 @@
 #     OUT         a folder (gpu_check)
 #     LIMIT       seconds for everything (600)
 #
-# JAX_PLATFORMS=cpu scripts/gpu_check.sh --config tests/tiny_recipe.py tries it without a GPU.
+# JAX_PLATFORMS=cpu scripts/gpu_check.sh --config tests/helpers/tiny_config.py tries it without a GPU.
 set -euo pipefail
 if [[ -n ${WHEELS:-} ]]; then
     [[ -d $WHEELS ]] || { echo "error: no folder $WHEELS; name one with wheels" >&2; exit 2; }

@@ -26,12 +26,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import require
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.utils.errors import UserError, require
 
 if TYPE_CHECKING:
-    from tests.parity.report import Row
+    from contextualstory_jax.testing.parity_report import Row
 
 DTYPES = ("float32", "bfloat16")
 
@@ -51,12 +50,12 @@ def main() -> None:
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.
     import jax
 
-    from contextualstory_jax.compilation import use_compilation_cache
-    from contextualstory_jax.pipeline import StoryPipeline
+    from contextualstory_jax.distributed.compilation import use_compilation_cache
+    from contextualstory_jax.sampling.pipeline import StoryPipeline
 
     # The code that runs cases is the tests', which no installation holds.
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.parity.report import case_rows, module_rows
+    from contextualstory_jax.testing.parity_report import case_rows, module_rows
 
     use_compilation_cache()
     pipelines = [StoryPipeline.load(arguments.checkpoint, dtype=dtype) for dtype in DTYPES]

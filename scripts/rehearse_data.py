@@ -21,11 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from contextualstory_jax.cli import ArgumentParser, run  # noqa: E402
-from contextualstory_jax.config import require  # noqa: E402
-from tests.published_folders import write_flintstones, write_pororo  # noqa: E402
+from contextualstory_jax.testing.published_folders import write_flintstones, write_pororo  # noqa: E402
+from contextualstory_jax.utils.cli import ArgumentParser, run  # noqa: E402
+from contextualstory_jax.utils.errors import require  # noqa: E402
 
-RECIPE = ROOT / "tests" / "tiny_stories_recipe.py"
+RECIPE = ROOT / "tests" / "helpers" / "tiny_stories_config.py"
 WRITERS = {"pororo": write_pororo, "flintstones": write_flintstones}
 TRAIN = ("-m", "contextualstory_jax.train", "--config", str(RECIPE))
 STEPS = 20

@@ -13,10 +13,10 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from contextualstory_jax import vocabulary
-from contextualstory_jax.checkpoint import load_weights, read_model, write_weights
-from contextualstory_jax.cli import run
-from contextualstory_jax.model import StoryModel
+from contextualstory_jax.checkpoints.layout import load_weights, read_model, write_weights
+from contextualstory_jax.data import vocabulary
+from contextualstory_jax.models.story_model import StoryModel
+from contextualstory_jax.utils.cli import run
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tests=(tests/test_devices.py tests/test_fused_attention.py tests/test_sharding.py)
+tests=(tests/project/test_devices.py tests/models/test_fused_attention.py tests/distributed/test_sharding.py)
 oldest=$(sed -n 's/^    "jax>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

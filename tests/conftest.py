@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from contextualstory_jax.config import ModelConfig
-    from contextualstory_jax.recipe_config import TrainConfig
+    from contextualstory_jax.config.model_config import ModelConfig
+    from contextualstory_jax.config.train_config import TrainConfig
 
 # Before any test module imports JAX. The number of devices is left alone: a test that needs
 # several starts a process of its own.
@@ -44,7 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def tiny_model_config() -> ModelConfig:
     """A visualization model of 16 x 16 pictures that draws in 2 guided steps."""
-    from contextualstory_jax.config import ModelConfig, build
+    from contextualstory_jax.config.build import build
+    from contextualstory_jax.config.model_config import ModelConfig
 
     values = {
         "height": 16,
@@ -88,7 +89,7 @@ def tiny_model_config() -> ModelConfig:
 @pytest.fixture(scope="session")
 def tiny_train_config(tiny_model_config: ModelConfig) -> TrainConfig:
     """Four steps on embedded stories, every second of which is saved."""
-    from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
+    from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
 
     return TrainConfig(
         model=tiny_model_config,
@@ -124,9 +125,9 @@ def tiny_continuation_checkpoint(
 
 def write_untrained(config: ModelConfig, folder: Path) -> Path:
     """A checkpoint folder of fresh weights at step 0."""
-    from contextualstory_jax.checkpoint import write_weights
+    from contextualstory_jax.checkpoints.layout import write_weights
     from contextualstory_jax.data.shapes import TOKENIZER_DIR
-    from contextualstory_jax.model import StoryModel
+    from contextualstory_jax.models.story_model import StoryModel
 
     params = StoryModel(config).init(0)
     meta = {"step": 0, "storyflow": [5.0] * (config.unet.n_frames - 1)}

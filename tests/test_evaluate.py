@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contextualstory_jax.cli import run
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.evaluate import main
-from contextualstory_jax.metrics.characters import METRICS, SUBSETS
-from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.evaluation.metrics.characters import METRICS, SUBSETS
+from contextualstory_jax.utils.cli import run
 from tests.conftest import write_untrained
 
 STORIES = 3
@@ -83,7 +83,7 @@ def test_the_table_is_printed(evaluated):
 
 
 def test_pictures_of_another_story_measure_badly(stories):
-    from contextualstory_jax.evaluation import measure
+    from contextualstory_jax.evaluation.compare import measure
 
     right = np.stack([story.images for story in stories])
 
@@ -95,10 +95,10 @@ def test_pictures_of_another_story_measure_badly(stories):
 
 def test_the_lower_bound_has_the_weights_that_training_starts_from(readable_config):
     from contextualstory_jax.data.loader import TOKENIZER_DIR
-    from contextualstory_jax.evaluation import untrained
-    from contextualstory_jax.model import StoryModel
-    from contextualstory_jax.pipeline import StoryPipeline
-    from contextualstory_jax.tokenizer import Tokenizer
+    from contextualstory_jax.evaluation.compare import untrained
+    from contextualstory_jax.models.story_model import StoryModel
+    from contextualstory_jax.models.tokenizer import Tokenizer
+    from contextualstory_jax.sampling.pipeline import StoryPipeline
 
     model = StoryModel(readable_config)
     trained = StoryPipeline(model, model.init(5), Tokenizer(TOKENIZER_DIR, 16), [5.0] * 4)
@@ -112,10 +112,10 @@ def test_the_lower_bound_has_the_weights_that_training_starts_from(readable_conf
 
 def test_in_continuation_the_first_frame_is_given_and_not_measured(readable_config, stories):
     from contextualstory_jax.data.loader import TOKENIZER_DIR
-    from contextualstory_jax.evaluation import evaluate
-    from contextualstory_jax.model import StoryModel
-    from contextualstory_jax.pipeline import Drawing, StoryPipeline
-    from contextualstory_jax.tokenizer import Tokenizer
+    from contextualstory_jax.evaluation.compare import evaluate
+    from contextualstory_jax.models.story_model import StoryModel
+    from contextualstory_jax.models.tokenizer import Tokenizer
+    from contextualstory_jax.sampling.pipeline import Drawing, StoryPipeline
 
     class Repeating(StoryPipeline):
         """Draws the first frame five times."""

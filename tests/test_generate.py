@@ -13,8 +13,8 @@ from PIL import Image
 
 import contextualstory_jax
 from contextualstory_jax import UserError, generate
-from contextualstory_jax.cli import OUT_OF_MEMORY, run
-from contextualstory_jax.stories import StoryText
+from contextualstory_jax.sampling.prompts import StoryText
+from contextualstory_jax.utils.cli import OUT_OF_MEMORY, run
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
 SAID = ["--sentence", *SENTENCES]

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.processes import add_arguments, connect, say
-from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe
+from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe
+from contextualstory_jax.distributed.multihost import add_arguments, connect, say
+from contextualstory_jax.utils.cli import ArgumentParser, run
 
 
 def parse(
@@ -44,8 +44,8 @@ def main(
     """Run the command. Raises `UserError` for bad input; nothing is then left behind."""
     arguments, overrides = parse(argv, prog)
     # JAX takes seconds to import, and --help need not wait for it.
-    from contextualstory_jax.compilation import use_compilation_cache
-    from contextualstory_jax.latents import cache_latents
+    from contextualstory_jax.distributed.compilation import use_compilation_cache
+    from contextualstory_jax.training.cache_latents import cache_latents
 
     config = load_recipe(arguments.config, overrides)
     connect(arguments)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.cli import ArgumentParser, run
+from contextualstory_jax.utils.cli import ArgumentParser, run
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax con
     """Run the command. Raises `UserError` for bad input; OUTPUT is then as it was."""
     arguments = parse(argv, prog)
     # JAX takes seconds to import, and --help need not wait for it.
-    from contextualstory_jax.convert import describe, import_released
-    from contextualstory_jax.hub import locate
+    from contextualstory_jax.conversion.hub import locate
+    from contextualstory_jax.conversion.import_torch import describe, import_released
 
     folder, origin = locate(arguments.source, arguments.revision)
     print(describe(import_released(folder, arguments.output, arguments.dtype, origin)))

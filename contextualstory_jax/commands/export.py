@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.cli import ArgumentParser, run
 from contextualstory_jax.commands.convert import add_dtype
+from contextualstory_jax.utils.cli import ArgumentParser, run
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax exp
     """Run the command. Raises `UserError` for bad input; OUTPUT is then as it was."""
     arguments = parse(argv, prog)
     # JAX takes seconds to import, and --help need not wait for it.
-    from contextualstory_jax.convert import describe
-    from contextualstory_jax.export import export_released
+    from contextualstory_jax.conversion.export_torch import export_released
+    from contextualstory_jax.conversion.import_torch import describe
 
     summary = export_released(
         arguments.checkpoint, arguments.output, arguments.weights, arguments.dtype

@@ -12,9 +12,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.config import require
-from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.config.train_config import DataConfig
+from contextualstory_jax.utils.cli import ArgumentParser, run
+from contextualstory_jax.utils.errors import require
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax prepare") -> None:
@@ -116,7 +116,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
 def token_counter(folder: Path) -> Callable[[str], int]:
     """Counts the tokens of a caption, start and end included, by the tokenizer in a folder."""
     from contextualstory_jax.data.preparation import MOST_TOKENS
-    from contextualstory_jax.tokenizer import Tokenizer
+    from contextualstory_jax.models.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder, MOST_TOKENS)
     return lambda caption: tokenizer.counts([caption])[0]

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.cli import ArgumentParser, run
-from contextualstory_jax.processes import add_arguments, connect, say
-from contextualstory_jax.recipes import NAME_OR_FILE, load_recipe
+from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe
+from contextualstory_jax.distributed.multihost import add_arguments, connect, say
+from contextualstory_jax.utils.cli import ArgumentParser, run
 
 
 def parse(
@@ -37,9 +37,9 @@ def main(
     """Run the command. Raises `UserError` for bad input."""
     arguments, overrides = parse(argv, prog)
     # JAX takes seconds to import, and --help need not wait for it.
-    from contextualstory_jax.checkpoint import write_storyflow
-    from contextualstory_jax.compilation import use_compilation_cache
-    from contextualstory_jax.latents import storyflow_of_split
+    from contextualstory_jax.checkpoints.layout import write_storyflow
+    from contextualstory_jax.distributed.compilation import use_compilation_cache
+    from contextualstory_jax.training.cache_latents import storyflow_of_split
 
     config = load_recipe(arguments.config, overrides)
     connect(arguments)

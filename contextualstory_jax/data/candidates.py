@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from contextualstory_jax.data.flintstones import FlintstonesSource
-from contextualstory_jax.data.index import StorySource
-from contextualstory_jax.data.pictures import read_column, read_from_array, read_image
+from contextualstory_jax.data.images import read_column, read_from_array, read_image
 from contextualstory_jax.data.pororo import PororoSource
 from contextualstory_jax.data.prepared import PreparedSource
+from contextualstory_jax.data.story_source import StorySource
 
 
 def candidates(source: StorySource) -> Callable[[Path], list[Image.Image]]:

@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FRAMES, FrameLabels
-from contextualstory_jax.data.index import (
+from contextualstory_jax.data.images import read_from_array
+from contextualstory_jax.data.safe_pickle import load_pickle
+from contextualstory_jax.data.story_source import (
     SPLITS,
     Policy,
     Window,
@@ -37,10 +38,8 @@ from contextualstory_jax.data.index import (
     require_files,
     strict_windows,
 )
-from contextualstory_jax.data.pictures import read_from_array
-from contextualstory_jax.data.safe_pickle import load_pickle
-from contextualstory_jax.errors import UserError, brief
-from contextualstory_jax.files import check_file, has_file
+from contextualstory_jax.utils.errors import UserError, brief, require
+from contextualstory_jax.utils.files import check_file, has_file
 
 CHARACTERS = ("Wilma", "Fred", "Betty", "Barney", "Dino", "Pebbles", "Mr Slate")  # as in labels.pkl
 CLIPS, ANNOTATIONS = "train-val-test_split.json", "flintstones_annotations_v1-0.json"

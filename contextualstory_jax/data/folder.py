@@ -23,9 +23,9 @@ from typing import Any, SupportsIndex
 
 from PIL import Image
 
-from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FRAMES, FrameLabels
-from contextualstory_jax.data.index import (
+from contextualstory_jax.data.images import read_image
+from contextualstory_jax.data.story_source import (
     SPLITS,
     Policy,
     StoryRecord,
@@ -38,9 +38,8 @@ from contextualstory_jax.data.index import (
     require_stories,
     strict_windows,
 )
-from contextualstory_jax.data.pictures import read_image
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.files import read_lines
+from contextualstory_jax.utils.errors import UserError, require
+from contextualstory_jax.utils.files import read_lines
 
 STORIES = "stories.jsonl"
 FORM = (

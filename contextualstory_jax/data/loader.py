@@ -13,16 +13,16 @@ import numpy as np
 from absl import flags
 from jaxtyping import Bool, Int32, Integer, UInt8
 
-from contextualstory_jax.config import require
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.folder import FolderSource
-from contextualstory_jax.data.index import EmptySplit, StorySource
 from contextualstory_jax.data.prepared import PreparedSource, is_prepared, require_settings
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
 from contextualstory_jax.data.sources import open_source
-from contextualstory_jax.interruption import before_processes
-from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.data.story_source import EmptySplit, StorySource
+from contextualstory_jax.utils.errors import require
+from contextualstory_jax.utils.interruption import before_processes
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding

@@ -29,9 +29,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from contextualstory_jax.config import require
 from contextualstory_jax.data.example import FRAMES, FrameLabels
-from contextualstory_jax.data.index import (
+from contextualstory_jax.data.images import read_column, read_image
+from contextualstory_jax.data.safe_pickle import load_npy
+from contextualstory_jax.data.story_source import (
     SPLITS,
     Policy,
     Window,
@@ -40,10 +41,8 @@ from contextualstory_jax.data.index import (
     require_files,
     strict_windows,
 )
-from contextualstory_jax.data.pictures import read_column, read_image
-from contextualstory_jax.data.safe_pickle import load_npy
-from contextualstory_jax.errors import UserError, brief
-from contextualstory_jax.files import has_file
+from contextualstory_jax.utils.errors import UserError, brief, require
+from contextualstory_jax.utils.files import has_file
 
 CHARACTERS = (
     "Pororo",

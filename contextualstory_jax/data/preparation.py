@@ -18,14 +18,14 @@ from typing import SupportsIndex
 
 from PIL import Image
 
-from contextualstory_jax.config import require
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.candidates import candidates
-from contextualstory_jax.data.index import SPLITS, EmptySplit, StoryRecord, StorySource
 from contextualstory_jax.data.prepared import PICTURES, STORIES, require_tfds
-from contextualstory_jax.data.problems import Finding, problems
 from contextualstory_jax.data.shards import finish, work_folder, write_pictures, write_stories
 from contextualstory_jax.data.sources import open_source
-from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.data.story_source import SPLITS, EmptySplit, StoryRecord, StorySource
+from contextualstory_jax.data.validation import Finding, problems
+from contextualstory_jax.utils.errors import require
 
 FILES_PER_SHARD = 256  # with pictures; 48 MiB at 256 pixels where each file has one
 MOST_TOKENS = 77  # of a caption, that the text tower reads
@@ -86,7 +86,7 @@ def prepare(
     writing fails.
     """
     require_tfds()
-    from contextualstory_jax.data.builders import BUILDERS, PictureShard, StoryShard
+    from contextualstory_jax.data.tfds_builders import BUILDERS, PictureShard, StoryShard
 
     require(not out.exists(), f"{out} is there already; delete it, or name another folder")
     require(workers >= 1, f"workers must be at least 1; got {workers}")

@@ -19,17 +19,16 @@ from typing import Any, SupportsIndex
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from contextualstory_jax.config import require
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import FrameLabels
-from contextualstory_jax.data.index import (
+from contextualstory_jax.data.story_source import (
     StoryRecord,
     StorySource,
     held_out_note,
     require_stories,
 )
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.files import check_file
-from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.utils.errors import UserError, require
+from contextualstory_jax.utils.files import check_file
 
 STORIES, PICTURES = "stories", "pictures"  # folders, and of the latter the split
 

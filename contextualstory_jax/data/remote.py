@@ -21,10 +21,9 @@ from typing import Any
 import fsspec
 from tqdm import tqdm
 
-from contextualstory_jax.config import require
-from contextualstory_jax.data.index import check_inside
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.interruption import removing
+from contextualstory_jax.data.story_source import check_inside
+from contextualstory_jax.utils.errors import UserError, require
+from contextualstory_jax.utils.interruption import removing
 
 AT_ONCE = 8  # files
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

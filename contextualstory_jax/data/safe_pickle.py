@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.files import check_file
+from contextualstory_jax.utils.errors import UserError
+from contextualstory_jax.utils.files import check_file
 
 KINDS = "?bBhHiIlLqQefdgFDGSUO"  # of dtype, that a pickle may have: numbers, strings, objects
 

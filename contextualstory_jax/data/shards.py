@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from contextualstory_jax.data import pictures
+from contextualstory_jax.data import images
 from contextualstory_jax.data.prepared import PICTURES, STORIES
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.interruption import before_processes, check, removing
+from contextualstory_jax.utils.errors import UserError
+from contextualstory_jax.utils.interruption import before_processes, check, removing
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-    from contextualstory_jax.data.builders import PictureShard, Rows, StoryBuilder
+    from contextualstory_jax.data.tfds_builders import PictureShard, Rows, StoryBuilder
 
 OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; why raw: `builders.py`
 DATASET = "dataset"  # in the folder of work: what gets its name at the end
@@ -54,7 +54,7 @@ def write_pictures(
     builder: StoryBuilder, work: Path, workers: int, progress: Callable[[int, int], object]
 ) -> tuple[dict[Path, Rows], dict[Path, str]]:
     """Write the shards that are not there yet: where each file's pictures are; what is broken."""
-    from contextualstory_jax.data.builders import Rows
+    from contextualstory_jax.data.tfds_builders import Rows
 
     folder, shards = work / DATASET / PICTURES, builder.shards[PICTURES]
     paths = builder.paths(folder, PICTURES)
@@ -78,7 +78,7 @@ def write_pictures(
 
     ordered = [notes[number] for number in range(len(shards))]
     for what, name in chain.from_iterable(note.remarks.items() for note in ordered):
-        pictures.remark(what, name)
+        images.remark(what, name)
     builder.write_info(folder, {PICTURES: [sum(note.counts) for note in ordered]})
     files = [path for shard in shards for path in shard.paths]
     counts = list(chain.from_iterable(note.counts for note in ordered))
@@ -128,7 +128,7 @@ def _run(tasks: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, _Not
 
 def _start_worker() -> None:
     """Leave remarks to the parent, and end with it, even by a kill."""
-    pictures.logger.disabled = True
+    images.logger.disabled = True
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -143,9 +143,9 @@ def _write_shard(
     number: int, shard: PictureShard, features: tfds.features.FeaturesDict, path: Path
 ) -> tuple[int, _Note]:
     """Write one shard of pictures, and then its note."""
-    from contextualstory_jax.data.builders import picture_serializer
+    from contextualstory_jax.data.tfds_builders import picture_serializer
 
-    note = _Note([], {}, pictures.remarks, [])
+    note = _Note([], {}, images.remarks, [])
     serialize = picture_serializer(features, shard.size)
     with _writer(path) as write:
         for file in shard.paths:

@@ -7,9 +7,9 @@ from typing import Literal
 
 from contextualstory_jax.data.flintstones import FlintstonesSource
 from contextualstory_jax.data.folder import FolderSource
-from contextualstory_jax.data.index import Policy, StorySource
 from contextualstory_jax.data.pororo import Captions, PororoSource
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.data.story_source import Policy, StorySource
+from contextualstory_jax.utils.errors import UserError
 
 
 def open_source(

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from contextualstory_jax.config import FrameInitConfig, SchedulerConfig, require
+from contextualstory_jax.config.model_config import FrameInitConfig, SchedulerConfig
 from contextualstory_jax.diffusion.schedules import noise_schedule
+from contextualstory_jax.utils.errors import require
 
 
 class FrameInit(NamedTuple):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from contextualstory_jax.config import NoiseConfig
+from contextualstory_jax.config.model_config import NoiseConfig
 
 
 def story_noise(

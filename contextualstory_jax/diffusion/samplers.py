@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from contextualstory_jax.config import SamplingConfig, SchedulerConfig
+from contextualstory_jax.config.model_config import SamplingConfig, SchedulerConfig
 from contextualstory_jax.diffusion.solvers.ddim import ddim
 from contextualstory_jax.diffusion.solvers.dpmpp import dpmpp_2m
 from contextualstory_jax.diffusion.solvers.euler import euler, euler_ancestral

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int64
 
-from contextualstory_jax.config import SchedulerConfig, require
+from contextualstory_jax.config.model_config import SchedulerConfig
+from contextualstory_jax.utils.errors import require
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ also a stored skip connection the skip changes too; `put_first_frame` is therefo
 and the UNet stores what it returns (`unet.py`).
 
 In training a layer's parts may be computed again in the backward pass instead of being kept
-(`Remat` in `config.py`).
+(`Remat` in `config/model_config.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from contextualstory_jax.config import Remat, UNetConfig
+from contextualstory_jax.config.model_config import Remat, UNetConfig
 from contextualstory_jax.models.attention import KeysValues
 from contextualstory_jax.models.layers import conv1x1
 from contextualstory_jax.models.spatial import (

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from contextualstory_jax.config import TextEncoderConfig
+from contextualstory_jax.config.model_config import TextEncoderConfig
 from contextualstory_jax.models.attention import attention
 from contextualstory_jax.models.layers import embed, layer_norm, linear
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from contextualstory_jax.config import UNetConfig
+from contextualstory_jax.config.model_config import UNetConfig
 from contextualstory_jax.models.attention import Attention, FeedForward, KeysValues
 from contextualstory_jax.models.layers import (
     conv,

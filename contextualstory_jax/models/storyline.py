@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from contextualstory_jax.config import UNetConfig
+from contextualstory_jax.config.model_config import UNetConfig
 from contextualstory_jax.models.attention import Attention, FeedForward, RotaryEmbedding, attention
 from contextualstory_jax.models.layers import layer_norm, parameter, zeros
 

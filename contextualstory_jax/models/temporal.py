@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from contextualstory_jax.config import UNetConfig
+from contextualstory_jax.config.model_config import UNetConfig
 from contextualstory_jax.models.attention import (
     Attention,
     FeedForward,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from contextualstory_jax.config import Remat, UNetConfig
+from contextualstory_jax.config.model_config import Remat, UNetConfig
 from contextualstory_jax.models.blocks import (
     DownBlock,
     MidBlock,

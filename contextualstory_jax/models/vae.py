@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Real, UInt8
 
-from contextualstory_jax.config import AutoencoderKLConfig, SpaceToDepthConfig
+from contextualstory_jax.config.model_config import AutoencoderKLConfig, SpaceToDepthConfig
 from contextualstory_jax.models.attention import attention
 from contextualstory_jax.models.layers import (
     conv,

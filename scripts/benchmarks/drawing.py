@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from contextualstory_jax.checkpoint import write_weights
-from contextualstory_jax.config import ModelConfig
+from contextualstory_jax.checkpoints.layout import write_weights
+from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, story
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.samplers import make_sampler
-from contextualstory_jax.flops import drawing_flops
-from contextualstory_jax.model import Parts, StoryModel
-from contextualstory_jax.pipeline import Story, StoryPipeline
-from contextualstory_jax.tokenizer import Tokenizer
+from contextualstory_jax.models.flops import drawing_flops
+from contextualstory_jax.models.story_model import Parts, StoryModel
+from contextualstory_jax.models.tokenizer import Tokenizer
+from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
 from scripts.benchmarks.measuring import Machine, Row, timed
 from scripts.benchmarks.original import Original
 

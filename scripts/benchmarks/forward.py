@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from contextualstory_jax.config import ModelConfig
-from contextualstory_jax.drawing import interleave
-from contextualstory_jax.flops import attention, dense, unet_flops
-from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.config.model_config import ModelConfig
+from contextualstory_jax.models.flops import attention, dense, unet_flops
+from contextualstory_jax.models.story_model import Parts, StoryModel
+from contextualstory_jax.sampling.sample import interleave
+from contextualstory_jax.testing import parity_weights
+from contextualstory_jax.testing.parity_cases import relative_error
 from scripts.benchmarks.measuring import Compiled, Machine, Row, compile_twice, timed
 from scripts.benchmarks.original import Original
-from tests.parity import recipe
-from tests.parity.cases import relative_error
 
 BRANCHES = 2  # with the text and without
 ALPHA = 0.3  # of every temporal blend, so that what looks across frames has a say
@@ -46,7 +46,9 @@ def named_weights(model: StoryModel, parts: Sequence[str]) -> Parts:
     """Weights that follow from their names, in float32 in the host's memory."""
     prefixes = {"unet": "", "vae": "vae.", "text_encoder": "text_encoder."}
     with jax.default_device(jax.devices("cpu")[0]):
-        params: Parts = {p: dict(recipe.params(model.networks[p], 0, prefixes[p])) for p in parts}
+        params: Parts = {
+            p: dict(parity_weights.params(model.networks[p], 0, prefixes[p])) for p in parts
+        }
     for name in params["unet"]:
         if name.endswith(".alpha"):
             params["unet"][name] = np.full_like(params["unet"][name], ALPHA)
@@ -80,7 +82,7 @@ def inputs(model: StoryModel) -> dict[str, np.ndarray]:
         shapes["first_frame"] = (1, 1, *size, unet.in_channels)
     for place in seta_places(model):
         shapes[place.path] = (BRANCHES, f, place.side, place.side, place.channels)
-    arrays = {name: recipe.randn(name, shape, 0) for name, shape in shapes.items()}
+    arrays = {name: parity_weights.randn(name, shape, 0) for name, shape in shapes.items()}
     arrays["timestep"] = np.asarray(TIMESTEP, np.float32)
     arrays["motion"] = 20 + 5 * np.arange(f - 1, dtype=np.float32)[None]
     return arrays

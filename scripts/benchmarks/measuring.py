@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from contextualstory_jax.flops import DEVICES, peak_flops
+from contextualstory_jax.models.flops import DEVICES, peak_flops
 
 MANY = 10  # rounds
 Task = Callable[[], float]  # does something once and gives the seconds that it took

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from contextualstory_jax.config import require
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.utils.errors import UserError, require
 from scripts.benchmarks.measuring import Row, Task
 
 SCRIPT = Path(__file__).parents[1] / "benchmark_reference.py"

@@ -28,7 +28,7 @@ from contextualstory.models import (
 )
 from einops import rearrange
 
-from tests.parity.recipe import torch_weight
+from contextualstory_jax.testing.parity_weights import torch_weight
 
 # (class, what to look for, what stands for it): a mask over neighbours would be moved to the device
 # and looked at each time, and clamping writes parameters; here they are within bounds already.

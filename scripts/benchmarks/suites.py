@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from contextualstory_jax.model import Parts, StoryModel
-from contextualstory_jax.recipe_config import TrainConfig
-from contextualstory_jax.recipes import load_recipe
+from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.train_config import TrainConfig
+from contextualstory_jax.models.story_model import Parts, StoryModel
 from scripts.benchmarks import drawing, forward, training
 from scripts.benchmarks.measuring import Machine, Row
 from scripts.benchmarks.original import Original

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.flops import DEVICES
+from contextualstory_jax.models.flops import DEVICES
+from contextualstory_jax.utils.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "compile_for_tpu.py"
 CHIPS = ("v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1")

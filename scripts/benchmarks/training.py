@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from contextualstory_jax.config import MeshConfig
-from contextualstory_jax.flops import training_step_flops
-from contextualstory_jax.model import Parts, StoryModel
+from contextualstory_jax.config.mesh_config import MeshConfig
+from contextualstory_jax.config.train_config import TrainConfig
+from contextualstory_jax.distributed.sharding import Placement, make_mesh
+from contextualstory_jax.models.flops import training_step_flops
+from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.vae import Moments
-from contextualstory_jax.recipe_config import TrainConfig
-from contextualstory_jax.sharding import Placement, make_mesh
-from contextualstory_jax.state import Batch, Encoded, init_state
-from contextualstory_jax.trainer import abstract_state, step_program
+from contextualstory_jax.training.train_step import Batch, Encoded, init_state
+from contextualstory_jax.training.trainer import abstract_state, step_program
 from scripts.benchmarks.measuring import Machine, Row, Task, compile_twice, timed
 
 # Of a float32 parameter, its moments and its average, all read and written, and its gradient, read.

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from contextualstory_jax.testing.published_folders import FLINTSTONES_CLIPS, save_json, save_object
 from tests.hostile.files import NO_FILES, content, npy_header, replaced, saved, turned
-from tests.published_folders import FLINTSTONES_CLIPS, save_json, save_object
 
 Change = Callable[[Path], object]
 

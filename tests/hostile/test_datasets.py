@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from contextualstory_jax.commands import prepare
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.testing.published_folders import write_flintstones, write_pororo
+from contextualstory_jax.utils.errors import UserError
 from tests.hostile.dataset_cases import FLINTSTONES, PORORO, DatasetCase
-from tests.published_folders import write_flintstones, write_pororo
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax import generate
-from contextualstory_jax.data import pictures, preparation
+from contextualstory_jax.config.train_config import DataConfig
+from contextualstory_jax.data import images, preparation
 from contextualstory_jax.data.folder import FolderSource
-from contextualstory_jax.data.pictures import fit_square, read_image
+from contextualstory_jax.data.images import fit_square, read_image
 from contextualstory_jax.data.prepared import PreparedSource
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.pipeline import StoryPipeline
-from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.sampling.pipeline import StoryPipeline
+from contextualstory_jax.testing.published_folders import write_story_folder
+from contextualstory_jax.utils.errors import UserError
 from tests.hostile.files import encoded, turned
 from tests.hostile.image_cases import BOMBS, CASES, ImageCase
-from tests.published_folders import write_story_folder
 
 SIZE = 16
 SENTENCES = [f"Mia counts to {k}." for k in range(5)]
@@ -83,7 +83,7 @@ def assert_refuses(message: str, case: ImageCase) -> None:
 
 @of(GOOD)
 def test_a_first_frame_is_read(case, folder, monkeypatch, caplog):
-    monkeypatch.setattr(pictures, "remarks", {})
+    monkeypatch.setattr(images, "remarks", {})
 
     image = read_image(folder / case.file)
     read_image(folder / case.file)
@@ -155,7 +155,7 @@ def test_preparing_names_a_bad_image(case, findings):
 
 @pytest.mark.slow
 def test_several_processes_say_it_once(tmp_path, monkeypatch, caplog, capfd):
-    monkeypatch.setattr(pictures, "remarks", {})
+    monkeypatch.setattr(images, "remarks", {})
     monkeypatch.setattr(preparation, "FILES_PER_SHARD", 1)
     root = write_story_folder(tmp_path / "source", counts={"train": 1})
     for path in (root / "pictures").iterdir():
@@ -176,8 +176,8 @@ MOST_BYTES = 10**9
 READ = """
 import resource, sys
 from pathlib import Path
-from contextualstory_jax.data.pictures import fit_square, read_image
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.data.images import fit_square, read_image
+from contextualstory_jax.utils.errors import UserError
 for name in sys.argv[1:]:
     try:
         fit_square(read_image(Path(name)), 256)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data import preparation
 from contextualstory_jax.data.loader import open_stories
 from contextualstory_jax.data.prepared import PreparedSource
-from contextualstory_jax.errors import UserError
-from contextualstory_jax.recipe_config import DataConfig
+from contextualstory_jax.testing.published_folders import write_story_folder
+from contextualstory_jax.utils.errors import UserError
 from tests.hostile.files import NO_FILES, Write, content, replaced
-from tests.published_folders import write_story_folder
 
 SIZE = 16
 JSONS = [

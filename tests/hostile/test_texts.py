@@ -10,10 +10,10 @@ import pytest
 
 from contextualstory_jax import generate
 from contextualstory_jax.commands import prepare
-from contextualstory_jax.errors import UserError
+from contextualstory_jax.testing.published_folders import write_hostile, write_story_folder
+from contextualstory_jax.utils.errors import UserError
 from tests.hostile.dataset_cases import ABSURD, HEADERS
 from tests.hostile.files import NO_FILES, Write, content, npy_header
-from tests.published_folders import write_hostile, write_story_folder
 
 SENTENCES = [f"Mia counts to {k}." for k in range(5)]
 

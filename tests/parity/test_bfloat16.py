@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.parity.cases import COMPARE, UNET_TOLERANCE, Case, compare, relative_error
+from contextualstory_jax.testing.parity_cases import (
+    COMPARE,
+    UNET_TOLERANCE,
+    Case,
+    compare,
+    relative_error,
+)
 from tests.parity.conftest import OWN, SHORT_UNETS, find_cases, name
 
 MODULES, UNETS = 2e-2, 6e-2

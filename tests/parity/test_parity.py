@@ -22,22 +22,22 @@ from einops import rearrange
 from PIL import Image
 
 import convert_weights
-from contextualstory_jax import StoryPipeline, generate, weights
-from contextualstory_jax.config import (
+from contextualstory_jax import StoryPipeline, generate
+from contextualstory_jax.config.model_config import (
     ModelConfig,
     SamplingConfig,
     SchedulerConfig,
     TextEncoderConfig,
 )
+from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
+from contextualstory_jax.conversion import torch_names
 from contextualstory_jax.diffusion.samplers import make_sampler
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
-from contextualstory_jax.model import StoryModel, clamp
+from contextualstory_jax.models.story_model import StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
-from contextualstory_jax.recipe_config import OptimizerConfig, TrainConfig
-from contextualstory_jax.state import Draws, TrainState, init_state, loss, optimizer, update
-from contextualstory_jax.stories import read_jsonl
-from tests.parity import recipe
-from tests.parity.cases import (
+from contextualstory_jax.sampling.prompts import read_jsonl
+from contextualstory_jax.testing import parity_weights
+from contextualstory_jax.testing.parity_cases import (
     COMPARE,
     LATENTS_TOLERANCE,
     MODULE_TOLERANCE,
@@ -48,8 +48,16 @@ from tests.parity.cases import (
     relative_error,
     unet_inputs,
 )
+from contextualstory_jax.testing.released_folders import PREFIXES, write_folder
+from contextualstory_jax.training.train_step import (
+    Draws,
+    TrainState,
+    init_state,
+    loss,
+    optimizer,
+    update,
+)
 from tests.parity.conftest import OWN, find_cases
-from tests.released import PREFIXES, write_folder
 
 GRADIENT_TOLERANCE = 5e-5  # of the sample
 
@@ -92,9 +100,9 @@ def check_gradient(path: Path, tmp_path: Path) -> None:
         if name is None:
             assert norm == 0, key
             continue
-        tensor = weights.to_torch(name, np.asarray(of_params[name])).astype(np.float64)
+        tensor = torch_names.to_torch(name, np.asarray(of_params[name])).astype(np.float64)
         assert abs(np.linalg.norm(tensor) - norm) <= 1e-3 * norm + rounding, key
-        ours = np.sum(tensor * recipe.randn(f"probe.{key}", tensor.shape, seed))
+        ours = np.sum(tensor * parity_weights.randn(f"probe.{key}", tensor.shape, seed))
         assert abs(ours - probe) <= 1e-3 * norm + rounding, key
 
 
@@ -117,7 +125,7 @@ def check_train(path: Path, tmp_path: Path) -> None:
         max_grad_norm=info["max_grad_norm"],
         ema_decay=case.info["ema_decay"],
     )
-    initial = {"unet": recipe.params(case.network, case.info["weight_seed"])}
+    initial = {"unet": parity_weights.params(case.network, case.info["weight_seed"])}
     steps = len(arrays["loss"])
     train = TrainConfig(model=model.config, optimizer=config, steps=steps, trainable=(".*",))
     tx = optimizer(config, steps)
@@ -157,10 +165,10 @@ def check_train(path: Path, tmp_path: Path) -> None:
 def parameter_names(case: Case) -> Iterator[tuple[str, str | None]]:
     """The original's name of each tensor and ours, which is None where nothing reads it."""
     shapes = case.network.shapes
-    ours = {weights.torch_key(name, len(shapes[name].shape)): name for name in shapes}
+    ours = {torch_names.torch_key(name, len(shapes[name].shape)): name for name in shapes}
     for key in map(str, case.arrays["param_names"]):
         name = ours.pop(key, None)
-        assert name or any(re.fullmatch(pattern, key) for pattern, _ in weights.DEAD), key
+        assert name or any(re.fullmatch(pattern, key) for pattern, _ in torch_names.DEAD), key
         yield key, name
     assert not ours, f"not in the case: {sorted(ours)[:3]}"
 
@@ -180,8 +188,8 @@ def check_probes(case: Case, initial: dict[str, jax.Array], state: TrainState) -
             continue
 
         def projected(array, name=name, key=key):
-            tensor = weights.to_torch(name, np.asarray(array)).astype(np.float64)
-            return np.sum(tensor * recipe.randn(f"probe.{key}", tensor.shape, seed))
+            tensor = torch_names.to_torch(name, np.asarray(array)).astype(np.float64)
+            return np.sum(tensor * parity_weights.randn(f"probe.{key}", tensor.shape, seed))
 
         final = np.asarray(state.params["unet"][name])
         moved = np.linalg.norm(final.astype(np.float64) - np.asarray(initial[name]))

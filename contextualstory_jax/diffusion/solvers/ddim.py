@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from contextualstory_jax.config import SchedulerConfig, require
+from contextualstory_jax.config.model_config import SchedulerConfig
 from contextualstory_jax.diffusion.schedules import noise_schedule, sampling_timesteps
 from contextualstory_jax.diffusion.solvers.sampler import Latents, Sampler, clean_and_noise
+from contextualstory_jax.utils.errors import require
 
 
 class DDIMCoefficients(NamedTuple):

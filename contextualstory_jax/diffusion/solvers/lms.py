@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float64
 
-from contextualstory_jax.config import SchedulerConfig
+from contextualstory_jax.config.model_config import SchedulerConfig
 from contextualstory_jax.diffusion.solvers.euler import sigma_steps
 from contextualstory_jax.diffusion.solvers.multistep import multistep
 from contextualstory_jax.diffusion.solvers.sampler import Sampler

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from contextualstory_jax.config import SchedulerConfig, require
+from contextualstory_jax.config.model_config import SchedulerConfig
 from contextualstory_jax.diffusion.schedules import noise_schedule, sampling_timesteps
 from contextualstory_jax.diffusion.solvers.sampler import (
     Latents,
@@ -20,6 +20,7 @@ from contextualstory_jax.diffusion.solvers.sampler import (
     clean_and_noise,
     weighted,
 )
+from contextualstory_jax.utils.errors import require
 
 # Weights of outputs: of one step's four, in order; and of as many timesteps', latest first.
 RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)

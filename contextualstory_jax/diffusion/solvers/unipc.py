@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from contextualstory_jax.config import SchedulerConfig
+from contextualstory_jax.config.model_config import SchedulerConfig
 from contextualstory_jax.diffusion.solvers.dpmpp import LogSNRSteps, log_snr_steps
 from contextualstory_jax.diffusion.solvers.sampler import Latents, Sampler, weighted
 

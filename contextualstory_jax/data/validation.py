@@ -1,0 +1,58 @@
+"""What is wrong with the stories of a dataset, found without stopping at the first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from contextualstory_jax.data.story_source import StorySource
+from contextualstory_jax.utils.errors import UserError
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong, the story (by index in its source) it was first met in, in words."""
+
+    kind: Literal["duplicate id", "missing picture", "unreadable picture", "long caption"]
+    story: int
+    message: str
+
+
+def problems(
+    source: StorySource, token_count: Callable[[str], int], most: int = 77
+) -> Iterator[Finding]:
+    """Everything wrong with a source's stories, as it is found; every picture is decoded once.
+
+    Args: `token_count`, of a caption, start and end included; of more than `most` the model reads
+    the beginning.
+    """
+    places: dict[str, int] = {}
+    pictures: set[Path] = set()
+    captions: set[str] = set()
+    for index in range(len(source)):
+        record = source.story(index)
+        first = places.setdefault(record.story_id, index)
+        if first != index:
+            yield Finding(
+                "duplicate id", index, f"stories {first} and {index} are both {record.source_id!r}"
+            )
+        for path in record.paths:
+            if path not in pictures:
+                pictures.add(path)
+                yield from _picture_problem(source, path, index)
+        for sentence in record.sentences:
+            if sentence not in captions:
+                captions.add(sentence)
+                tokens = token_count(sentence)
+                if tokens > most:
+                    message = f"{tokens} tokens, of which the model reads {most}: {sentence!r}"
+                    yield Finding("long caption", index, message)
+
+
+def _picture_problem(source: StorySource, path: Path, index: int) -> Iterator[Finding]:
+    try:
+        source.picture(path)
+    except UserError as error:
+        kind = "unreadable picture" if os.path.exists(path) else "missing picture"
+        yield Finding(kind, index, str(error))

@@ -1,0 +1,133 @@
+"""Measuring models on stories they have not seen, between two bounds: originals and no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from contextualstory_jax.data.example import Example
+from contextualstory_jax.data.shapes_reader import read_frames
+from contextualstory_jax.evaluation.metrics.characters import METRICS, CharacterMetrics, Outcome
+from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
+from contextualstory_jax.utils.errors import require
+from contextualstory_jax.utils.interruption import check
+
+SMALLEST = 32  # pixels a side that the reader of frames can tell characters by
+SUBSET_TITLES = {"all": "all frames", "needs_context": "frames that need their context"}
+
+
+class Result(NamedTuple):
+    """Pictures of some stories, and what `measure` says of them."""
+
+    pictures: UInt8[np.ndarray, "b f h w 3"]
+    metrics: dict[str, dict[str, Any]]
+
+
+def untrained(pipeline: StoryPipeline) -> StoryPipeline:
+    """The same architecture with the weights that training starts from, as a lower bound."""
+    model = pipeline.model
+    return StoryPipeline(model, model.init(0), pipeline.tokenizer, pipeline.storyflow.tolist())
+
+
+def evaluate(
+    models: Mapping[str, StoryPipeline],
+    stories: Sequence[Example],
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda drawn: None,
+) -> dict[str, Result]:
+    """Draw stories with each model and measure the pictures; `originals`, the upper bound, first.
+
+    Where a model is given the first frame, frame 0 is measured of none. Args: `progress`, told
+    after each batch how many stories it drew. Raises `UserError` for stories that a model cannot
+    draw or nobody measure.
+    """
+    given = any(pipeline.model.config.unet.is_continuation for pipeline in models.values())
+
+    def result(pictures: UInt8[np.ndarray, "b f h w 3"]) -> Result:
+        return Result(pictures, measure(stories, pictures, first_frame=int(given)))
+
+    # First of all, so that what cannot be measured is not drawn.
+    results = {"originals": result(np.stack([story.images for story in stories]))}
+    for name, pipeline in models.items():
+        continuation = pipeline.model.config.unet.is_continuation
+        drawing = pipeline.draw(
+            [
+                Story(s.sentences, s.story_id, s.images[0] if continuation else None)
+                for s in stories
+            ],
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        results[name] = result(drawing.pictures)
+        check()
+    return results
+
+
+def measure(
+    stories: Sequence[Example], pictures: UInt8[np.ndarray, "b f h w 3"], first_frame: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What `CharacterMetrics.compute` says of pictures, from frame number `first_frame` on.
+
+    Raises `UserError` for pictures that the reader of frames is not made for.
+    """
+    require_readable(*pictures.shape[2:4])
+    metrics = CharacterMetrics()
+    for story, frames in zip(stories, pictures, strict=True):
+        metrics.update(outcomes(story, frames, first_frame))
+    return metrics.compute()
+
+
+def require_readable(height: int, width: int) -> None:
+    """Raise `UserError` for pictures that the reader of frames is not made for."""
+    require(
+        height == width >= SMALLEST,
+        f"characters are read from square pictures of {SMALLEST} pixels or more a side; "
+        f"these have {height} x {width}: evaluate a model that draws such",
+    )
+
+
+def outcomes(
+    story: Example, pictures: UInt8[np.ndarray, "f h w 3"], first_frame: int = 0
+) -> Iterator[Outcome]:
+    """What each frame shows beside what it should, from frame number `first_frame` on."""
+    readings = read_frames(pictures[first_frame:])
+    labels = (story.labels or ())[first_frame:]
+    for reading, label in zip(readings, labels, strict=True):
+        yield Outcome(
+            story=story.story_id,
+            shown=reading.characters,
+            characters=label.characters,
+            shown_scene=reading.scene,
+            scene=label.scene,
+            needs_context=bool(label.needs_context),
+        )
+
+
+def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics as text, with their 95 % intervals: one block a subset, one column what is measured.
+
+    Args: `metrics`, what `measure` says, by name.
+    """
+    blocks = []
+    for subset, title in SUBSET_TITLES.items():
+        frames = next(iter(metrics.values()))[subset]["frames"]
+        rows = [[f"{title} ({frames})", *metrics]]
+        for metric in METRICS:
+            cells = [in_words(values[subset][metric]) for values in metrics.values()]
+            rows.append([metric.replace("_", " "), *cells])
+        lines = [f"{row[0]:38}" + "".join(f"  {cell:>18}" for cell in row[1:]) for row in rows]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def in_words(metric: Mapping[str, float | None]) -> str:
+    """A value and its interval, such as `0.912 [0.87, 0.95]`."""
+    if metric["value"] is None:
+        return "-"
+    return "{value:.3f} [{low:.2f}, {high:.2f}]".format(**metric)

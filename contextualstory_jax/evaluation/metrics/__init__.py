@@ -1,0 +1,1 @@
+"""Metrics: objects that are given stories batch by batch."""

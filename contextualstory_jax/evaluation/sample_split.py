@@ -1,0 +1,128 @@
+"""Draws a whole test split into a gallery, on all devices of all hosts, and measures what it can.
+
+Each process draws every n-th story on its own devices, so that no process waits for another before
+the end, and stories that are there already are not drawn again. While the devices draw a batch,
+threads read the next and write the one before; no more is in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import UInt8
+
+from contextualstory_jax.data.example import Example
+from contextualstory_jax.data.shapes import ShapesSource
+from contextualstory_jax.data.story_source import StorySource
+from contextualstory_jax.evaluation.compare import outcomes
+from contextualstory_jax.evaluation.metrics.characters import CharacterMetrics
+from contextualstory_jax.evaluation.results import Gallery, Told
+from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
+from contextualstory_jax.utils.errors import require
+from contextualstory_jax.utils.interruption import check
+
+Source = ShapesSource | StorySource
+
+# What is measured of a gallery, and how its pictures are called there.
+MEASURED = {"originals": "original", "model": "frame", "untrained": "untrained"}
+THREADS = min(8, os.cpu_count() or 1)  # Pillow leaves Python to others while it packs
+
+
+def tell(source: Source, number: int) -> Told:
+    """A story of a split without its pictures."""
+    if isinstance(source, StorySource):
+        record = source.story(number)
+        return Told(number, record.story_id, record.sentences, record.source_frame_ids)
+    example = source[number]
+    return Told(number, example.story_id, example.sentences, example.frame_ids)
+
+
+def draw_split(
+    models: Mapping[str, StoryPipeline],
+    source: Source,
+    stories: Sequence[Told],
+    gallery: Gallery,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda written: None,
+) -> None:
+    """Draw this process's part of the stories that the gallery lacks, and wait for the others'.
+
+    Args: `models` by the word that their files' names begin with, `frame` for the one that is
+    looked at; `progress`, told how many more of this process's stories are there.
+    Raises `UserError` for stories that a model cannot draw, and where a file cannot be read or
+    written.
+    """
+    require(batch_size >= 1, f"batch size must be at least 1; got {batch_size}")
+    ours = stories[jax.process_index() :: jax.process_count()]
+    gallery.clear(story.number for story in ours)
+    lacking = [story for story in ours if not gallery.has(story)]
+    progress(len(ours) - len(lacking))
+    # Every batch has one size, so that one program serves.
+    batch_size = max(min(batch_size, len(lacking)), 1)
+    batches = [lacking[i : i + batch_size] for i in range(0, len(lacking), batch_size)]
+    given = int(models["frame"].model.config.unet.is_continuation)
+    with ThreadPoolExecutor(THREADS) as pool:
+
+        def read(batch: Sequence[Told]) -> list[Future[Example]]:
+            return [pool.submit(source.__getitem__, story.number) for story in batch]
+
+        reading, writing = read(batches[0] if batches else []), []
+        for batch, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
+            examples = [future.result() for future in reading]
+            reading = read(following)
+            drawn = [_draw(model, examples, seed, batch_size) for model in models.values()]
+            if not writing and jax.process_index() == 0:
+                gallery.write_settings()
+            _finish(writing, progress)
+            for story, example, *pictures in zip(batch, examples, *drawn, strict=True):
+                named = dict(zip(models, pictures, strict=True))
+                writing.append(
+                    pool.submit(gallery.write, story, example, named, seed=seed, given=given)
+                )
+            check()
+        _finish(writing, progress)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("every story is drawn")
+
+
+def _draw(
+    pipeline: StoryPipeline, examples: Sequence[Example], seed: int, batch_size: int
+) -> UInt8[np.ndarray, "b f h w 3"]:
+    """The pictures of a batch; the last story fills what it lacks."""
+    continuation = pipeline.model.config.unet.is_continuation
+    stories = [
+        Story(example.sentences, example.story_id, example.images[0] if continuation else None)
+        for example in examples
+    ]
+    stories += stories[-1:] * (batch_size - len(stories))
+    drawing = pipeline.draw(stories, seed=seed, batch_size=batch_size)
+    return drawing.pictures[: len(examples)]
+
+
+def _finish(writing: list[Future[None]], progress: Callable[[int], object]) -> None:
+    """Wait until all is written, and forget it."""
+    while writing:
+        writing.pop().result()
+        progress(1)
+
+
+def measure_split(
+    source: Source, stories: Iterable[Told], gallery: Gallery, given: int
+) -> dict[str, dict[str, Any]]:
+    """What `CharacterMetrics.compute` says of each of `MEASURED`, from frame `given` on."""
+    metrics = {name: CharacterMetrics() for name in MEASURED}
+    for story in stories:
+        check()
+        example = source[story.number]
+        for name, word in MEASURED.items():
+            metrics[name].update(outcomes(example, gallery.pictures(story, word), given))
+    return {name: metric.compute() for name, metric in metrics.items()}

@@ -1,0 +1,465 @@
+"""The Python API: sentences in, pictures out.
+
+Few compiled programs draw a batch (`sampling/sample.py`); batches are rounded up to few sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float32, Key, UInt8
+
+from contextualstory_jax.checkpoints.layout import load_weights, read_model
+from contextualstory_jax.config.mesh_config import MeshConfig
+from contextualstory_jax.config.model_config import FrameInitConfig, SamplingConfig
+from contextualstory_jax.diffusion.frameinit import make_frameinit
+from contextualstory_jax.diffusion.guidance import num_branches
+from contextualstory_jax.diffusion.noise import story_noise
+from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
+from contextualstory_jax.distributed.compilation import GenerationLog, use_compilation_cache
+from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
+from contextualstory_jax.models.story_model import Parts, StoryModel, clamp
+from contextualstory_jax.models.tokenizer import Tokenizer
+from contextualstory_jax.sampling.arguments import (
+    FirstFrame,
+    OutputType,
+    Story,
+    as_output,
+    check_choice,
+    check_frameinit,
+    check_integer,
+    check_stories,
+    put_first_frames,
+    read_latents,
+    read_negative_prompt,
+    read_sampling,
+    read_size,
+    read_stories,
+    read_storyflow,
+    shown,
+)
+from contextualstory_jax.sampling.camera_motion import film
+from contextualstory_jax.sampling.pretrained import SHIPPED, find_checkpoint
+from contextualstory_jax.sampling.sample import (
+    AfterStep,
+    Inputs,
+    Request,
+    Scales,
+    generate,
+    generation_programs,
+    shared_programs,
+)
+from contextualstory_jax.utils.errors import require
+
+DTYPES = ("float32", "bfloat16")
+BATCH_SIZE = 8  # stories at once, where nothing else is said
+
+
+class Drawing(NamedTuple):
+    """Drawn stories."""
+
+    pictures: UInt8[np.ndarray, "b f h w 3"]
+    latents: Float32[np.ndarray, "b f p q c"]  # before decoding
+
+
+def story_key(seed: int, story_id: str) -> Key[Array, ""]:
+    """The key of everything random about a story: of the seed and the story's id alone."""
+    digest = hashlib.sha256(story_id.encode()).digest()
+    key = jax.random.key(seed)
+    for word in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, int.from_bytes(word, "big"))
+    return key
+
+
+# Called after each step with the pipeline, the step's number and timestep, and `{"latents": ...}`,
+# channels last, in the solver's scale; returns those to replace, or None.
+StepCallback = Callable[["StoryPipeline", int, int | float, dict[str, Any]], dict[str, Any] | None]
+
+
+class StoryPipeline:
+    """A model with weights, ready to draw: `StoryPipeline.load(folder)(sentences, seed=0)`.
+
+    A callback that sets `interrupt` ends the generation after its step: the latents are decoded as
+    they are, and later batches left out.
+    """
+
+    def __init__(
+        self,
+        model: StoryModel,
+        params: Parts,
+        tokenizer: Tokenizer,
+        storyflow: Sequence[float],
+        step: int | None = None,
+        weights: str | None = None,
+        placement: Placement | None = None,
+    ):
+        """A model in memory.
+
+        Args: `storyflow`, the mean of the training stories; `step`, how long they were seen;
+        `weights`, whether `params` are `ema` or `raw`; `placement`, where all processes together
+        keep them and draw, by default this one's devices: processes then draw different stories,
+        at different times.
+        """
+        use_compilation_cache()
+        self.model, self.tokenizer, self.step, self.weights = model, tokenizer, step, weights
+        self.storyflow = np.asarray(storyflow, np.float32)
+        make_programs = generation_programs if placement is None else shared_programs
+        placement = placement or Placement(make_mesh(MeshConfig(), jax.local_devices()))
+        self.mesh = placement.mesh
+        # Drawing only reads: weights are held once, in the dtype they are computed with.
+        self.params = jax.device_put(_cast(params, model.dtype), placement.shardings(params))
+        self._programs = make_programs(model, placement)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        self._log = GenerationLog(
+            f"{parameters:,} parameters in {model.dtype}, {weights or 'given'} weights"
+            + ("" if step is None else f" of step {step}"),
+            len(model.shapes["unet"]),
+        )
+        self.interrupt = False
+
+    @classmethod
+    def load(
+        cls, folder: str | Path = SHIPPED, *, weights: str | None = None, dtype: str = "float32"
+    ) -> StoryPipeline:
+        """Read a checkpoint folder: a training workdir, a converted one, or the model that ships.
+
+        Args: `weights`, `ema` or `raw`; by default `ema` where there are such.
+        Raises `UserError` where it is absent, incomplete or of another architecture.
+        """
+        folder = Path(folder)
+        check_choice("dtype", dtype, DTYPES)
+        model = StoryModel(read_model(folder), jnp.dtype(dtype))
+        params, meta = load_weights(folder, weights, model.shapes)
+        length = model.config.text_encoder.max_position_embeddings
+        tokenizer = Tokenizer(folder / "tokenizer", length)
+        return cls(model, params, tokenizer, meta["storyflow"], meta["step"], meta["weights"])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "float32",
+        weights: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> StoryPipeline:
+        """Read a model from the Hub or a folder; released weights are converted once, then kept.
+
+        Args:
+            name_or_path: a Hub id, a folder in the released layout, a converted folder or a
+                training workdir; None for the model that ships.
+            dtype: to compute in: `float32` or `bfloat16`.
+            weights: `ema` or `raw`; by default `ema` where there are such.
+            revision: a branch, tag or commit of the Hub id.
+            cache_dir: for converted models; by default in the user's cache folder.
+
+        Raises:
+            UserError: a `ValueError`, where there is no such model, or one that cannot be read.
+        """
+        folder = find_checkpoint(name_or_path, revision, cache_dir)
+        return cls.load(folder, weights=weights, dtype=dtype)
+
+    def __call__(
+        self,
+        sentences: Sequence[str] | Story | Sequence[Sequence[str]] | Sequence[Story],
+        *,
+        num_inference_steps: int | None = None,
+        scheduler: str | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        eta: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        image: FirstFrame | Sequence[FirstFrame] | None = None,
+        latents: Float32[np.ndarray, "*b f p q c"] | None = None,
+        output_type: OutputType = "np",
+        first_frame: FirstFrame | None = None,
+        sampling: SamplingConfig | None = None,
+        size: tuple[int, int] | None = None,
+        initial_latents: np.ndarray | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate the images of one story, or of a list of stories.
+
+        Arguments that are not given have the checkpoint's own values.
+
+        Args:
+            sentences: one for each image; or a list of stories, each a list of sentences, with
+                the ids `story_0`, `story_1` and so on, or a `Story`.
+            num_inference_steps: denoising steps.
+            scheduler: the solver: ddim, euler, euler_ancestral, dpmpp_2m, pndm, lms or unipc.
+            guidance_scale: weight of the text; up to 1 there is no guidance.
+            image_guidance_scale: weight of the first frame, in continuation.
+            guidance_rescale: 0 to 1, against overexposure.
+            eta: share of new noise in each step of ddim, 0 to 1.
+            height: pixels.
+            width: pixels.
+            image: the first frame, in continuation, cropped in the middle and resized; for a list
+                of stories one each.
+            latents: initial noise, standard normal, for all stories.
+            output_type: `np` for uint8 `(f, h, w, 3)`, `pil` for a list of PIL images, `latent` for
+                float32 latents `(f, p, q, c)`; for a list of stories a batch of these.
+            first_frame: the same as `image`.
+            sampling: steps, scheduler and scales in one; other arguments change single values.
+            size: the same as `(height, width)`.
+            initial_latents: the same as `latents`.
+            options: those of `draw_batches`: `seed`, `negative_prompt`, `callback_on_step_end`,
+                `storyflow`, `batch_size`, `frameinit` and `camera_motion`.
+
+        Raises:
+            UserError: a `ValueError`, for input that does not fit the model.
+        """
+        config = self.model.config
+        check_choice("output_type", output_type, typing.get_args(OutputType))
+        stories, single = read_stories(sentences)
+        size = read_size(config, *(size or (height, width)))
+        image = first_frame if image is None else image
+        if image is not None:
+            fitted = None if options.get("camera_motion") else size
+            stories = put_first_frames(stories, image, single, fitted)
+        drawing = self.draw(
+            stories,
+            sampling=read_sampling(
+                config,
+                sampling,
+                num_inference_steps=num_inference_steps,
+                scheduler=scheduler,
+                guidance_scale=guidance_scale,
+                image_guidance_scale=image_guidance_scale,
+                guidance_rescale=guidance_rescale,
+                eta=eta,
+            ),
+            size=size,
+            initial_latents=initial_latents if latents is None else latents,
+            **options,
+        )
+        output = as_output(output_type, drawing.pictures, drawing.latents)
+        return output[0] if single else output
+
+    def draw(
+        self,
+        stories: Sequence[Story],
+        *,
+        progress: Callable[[int], object] = lambda drawn: None,
+        **options: Any,
+    ) -> Drawing:
+        """Draw stories; options are those of `draw_batches`.
+
+        Args: `progress`, told after each batch how many stories it drew. Raises `UserError` for
+        input that does not fit the model, before anything is drawn.
+        """
+        drawings = []
+        for drawing in self.draw_batches(stories, **options):
+            drawings.append(drawing)
+            progress(len(drawing.pictures))
+        return Drawing(*map(np.concatenate, zip(*drawings, strict=True)))
+
+    def compile(
+        self,
+        *,
+        batch_size: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Compile ahead what a request of `batch_size` stories runs, and keep it on disk.
+
+        The first step of blank stories is generated. Requests of any number of steps and of any
+        scales then start at once, if they need the same branches of guidance and the same solver.
+
+        Args:
+            batch_size: stories in a request.
+            height: pixels; by default the model's own.
+            width: pixels; by default the model's own.
+            options: those of the call.
+
+        Raises:
+            UserError: a `ValueError`, for input that does not fit the model.
+        """
+
+        def stop(pipeline: StoryPipeline, *_: Any) -> None:
+            pipeline.interrupt = True
+
+        count = check_integer("batch_size", batch_size, 1)
+        size = read_size(self.model.config, height, width)
+        options = {"batch_size": max(count, BATCH_SIZE), "size": size, **options}
+        self(self.blank_stories(count, size), callback_on_step_end=stop, **options)
+
+    def blank_stories(self, count: int, size: tuple[int, int]) -> list[Story]:
+        """Stories without words and, in continuation, of a black first frame."""
+        unet = self.model.config.unet
+        black = np.zeros((*size, 3), np.uint8) if unet.is_continuation else None
+        return [Story([""] * unet.n_frames, first_frame=black)] * count
+
+    def draw_batches(
+        self,
+        stories: Sequence[Story],
+        *,
+        callback_on_step_end: StepCallback | None = None,
+        **options: Any,
+    ) -> Iterator[Drawing]:
+        """Generate stories in batches of one size, in order.
+
+        Args:
+            stories: with their first frames, in continuation.
+            callback_on_step_end: a `StepCallback`; that it is called changes no bit of the result.
+            options: those of `requests`.
+
+        Raises:
+            UserError: for input that does not fit the model, before anything is generated.
+        """
+        require(
+            callback_on_step_end is None or callable(callback_on_step_end),
+            f"callback_on_step_end must be a function; got {shown(callback_on_step_end)}",
+        )
+        self.interrupt = False
+        for request, real in self.requests(stories, **options):
+            after_step = None
+            if callback_on_step_end is not None:
+                after_step = self._after_step(callback_on_step_end, request.sampler, real)
+            self._log.before((request.branches, request.inputs.noise.shape, request.sampler.step))
+            drawn = generate(self._programs, self.params, request, after_step)
+            yield Drawing(*(np.asarray(array)[:real] for array in drawn))
+            if self.interrupt:
+                return
+
+    def requests(
+        self,
+        stories: Sequence[Story],
+        *,
+        seed: int = 0,
+        sampling: SamplingConfig | None = None,
+        size: tuple[int, int] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        storyflow: Sequence[float] | None = None,
+        batch_size: int = BATCH_SIZE,
+        initial_latents: np.ndarray | None = None,
+        frameinit: FrameInitConfig | None = None,
+        camera_motion: str | None = None,
+    ) -> Iterator[tuple[Request, int]]:
+        """The arrays that batches are generated from, and how many stories of each are asked for.
+
+        Args:
+            stories: with their first frames, in continuation.
+            seed: 0 to 2^32 - 1; with a story's id it decides its noise.
+            sampling: steps, scheduler and scales; by default the model's own.
+            size: height and width in pixels; by default the model's own.
+            negative_prompt: the text that guidance leads away from, one for all frames or one
+                each; by default the empty one.
+            storyflow: scene changes from each frame to the next; by default the training mean.
+            batch_size: stories at once, at most.
+            initial_latents: standard normal float32 `(b, f, p, q, c)`, in place of the seed's.
+            frameinit: for low frequencies of the first frame in them, in continuation.
+            camera_motion: one of `config.CameraMotion`, over a first frame of any size.
+
+        Raises:
+            UserError: for input that does not fit the model, before anything is generated.
+        """
+        config = self.model.config
+        height, width = read_size(config, *(size or (None, None)))
+        shape = (config.unet.n_frames, *config.latent_size(height, width), config.unet.in_channels)
+        sampling = read_sampling(config, sampling)
+        sampler = make_sampler(config.scheduler, sampling)
+        motion = self.storyflow if storyflow is None else read_storyflow(storyflow, config.unet)
+        check_stories(stories, config.unet, None if camera_motion else (height, width))
+        check_frameinit(frameinit, camera_motion, config.unet)
+        null_ids = self.tokenizer(read_negative_prompt(negative_prompt, config.unet.n_frames))
+        mixing = frameinit and make_frameinit(frameinit, config.scheduler, shape[:3])
+        seed = check_integer("seed", seed, 0, 2**32 - 1)
+        batch_size = check_integer("batch_size", batch_size, 1)
+        require(
+            sampling.image_guidance_scale <= 1 or config.unet.is_continuation,
+            "image_guidance_scale above 1 needs a continuation model; leave it at 1",
+        )
+        if initial_latents is not None:
+            initial_latents = read_latents(initial_latents, (len(stories), *shape))
+        # Every batch has one size, so that one program serves: a power of two or, if less,
+        # `batch_size`, so that few serve any number of stories. The last batch is filled by the
+        # last story.
+        ways = batch_ways(self.mesh)
+        bucket = min(batch_size, 1 << (len(stories) - 1).bit_length())
+        batch_size = -(-bucket // ways) * ways
+        branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
+        scales = Scales(
+            jnp.float32(sampling.guidance_scale),
+            jnp.float32(sampling.image_guidance_scale),
+            jnp.float32(sampling.guidance_rescale),
+        )
+        for start in range(0, len(stories), batch_size):
+            chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
+            real = min(batch_size, len(stories) - start)
+            inputs = self._inputs([stories[i] for i in chosen], seed, shape, camera_motion)
+            if initial_latents is not None:
+                inputs = inputs._replace(noise=self._place(initial_latents[chosen]))
+            request = Request(branches, inputs, null_ids, motion, sampler, scales, mixing)
+            yield request, real
+
+    def _place(self, array: Any) -> jax.Array:
+        """An array that every process has whole, split by story."""
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):  # which JAX moves in one process alone
+            return jax.random.wrap_key_data(self._place(jax.random.key_data(array)))
+        return jax.device_put(array, NamedSharding(self.mesh, BATCH))
+
+    def _inputs(
+        self,
+        stories: Sequence[Story],
+        seed: int,
+        shape: tuple[int, int, int, int],
+        camera_motion: str | None = None,
+    ) -> Inputs:
+        ids = jnp.stack([self.tokenizer(story.sentences) for story in stories])
+        keys = jnp.stack([story_key(seed, story.id) for story in stories])
+        noise_keys, step_keys, frame_keys = jax.vmap(
+            lambda key: jax.random.split(key, 3), out_axes=1
+        )(keys)
+        noise = jax.vmap(lambda key: story_noise(key, shape, self.model.config.noise))(noise_keys)
+        given = [story.first_frame for story in stories if story.first_frame is not None]
+        if camera_motion is None:
+            clips = [picture[None] for picture in given]
+        else:
+            f, *sides = shape[:3]
+            height, width = (side * self.model.config.vae.factor for side in sides)
+            clips = [film(picture, camera_motion, f, height, width) for picture in given]
+        first_frames = jnp.stack(clips) if clips else None
+        return jax.tree.map(self._place, Inputs(ids, noise, step_keys, frame_keys, first_frames))
+
+    def _after_step(self, callback: StepCallback, sampler: Sampler, real: int) -> AfterStep:
+        """The callback for a batch of which the first `real` stories are asked for."""
+
+        def after_step(step: int, latents: Array) -> tuple[Array, bool]:
+            shown = jnp.array(latents[:real], copy=True)  # the next step overwrites its own
+            given = callback(self, step, sampler.timesteps[step].item(), {"latents": shown})
+            replaced = (given or {}).get("latents", shown)
+            if replaced is not shown:
+                latents = self._place(_filled(replaced, shown.shape, len(latents)))
+            return latents, not self.interrupt
+
+        return after_step
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(params: Parts, dtype: Any) -> Parts:
+    """Weights as they are computed with."""
+    return clamp(jax.tree.map(lambda p: p.astype(dtype), params))
+
+
+def _filled(latents: Any, shape: tuple[int, ...], batch_size: int) -> Float32[Array, "b g p q c"]:
+    """Latents that a callback gave, the last repeated up to the size of the batch."""
+    require(
+        np.shape(latents) == shape and jnp.issubdtype(np.result_type(latents), jnp.floating),
+        f"callback_on_step_end must return latents of shape {shape}; got {np.shape(latents)}",
+    )
+    rows = np.minimum(np.arange(batch_size), len(latents) - 1)
+    return jnp.asarray(latents, jnp.float32)[rows]

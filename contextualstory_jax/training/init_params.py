@@ -1,0 +1,113 @@
+"""What training begins with: fresh parameters, or those of another checkpoint folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from contextualstory_jax.checkpoints.layout import load_weights, read_model, refuse_another
+from contextualstory_jax.config.model_config import ModelConfig
+from contextualstory_jax.config.train_config import TrainConfig
+from contextualstory_jax.conversion.diffusers_format import SD_UNET
+from contextualstory_jax.conversion.torch_names import ADDED
+from contextualstory_jax.data.loader import TOKENIZER_DIR
+from contextualstory_jax.distributed.multihost import say
+from contextualstory_jax.distributed.sharding import Placement
+from contextualstory_jax.models.story_model import Parts, StoryModel
+
+# What may differ from the model that training begins with: sizes and first values, and whether a
+# first frame is given, which adds layers.
+FREE = {
+    "sample_size",
+    "first_frame_condition_mode",
+    "zero_init_storyflow_adapter",
+    "zero_init_FSText",
+}
+# What of the scheduler decides what the UNet predicts.
+PREDICTION = {
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+}
+
+
+def tokenizer_folder(config: TrainConfig, workdir: Path) -> Path:
+    """The tokenizer's files: the workdir's own, those of `config.init_from`, or the stories'."""
+    own = workdir / "tokenizer"
+    if own.is_dir() or config.init_from is None:
+        return own if own.is_dir() else TOKENIZER_DIR
+    return Path(config.init_from) / "tokenizer"
+
+
+def initial_params(model: StoryModel, config: TrainConfig, placement: Placement) -> Parts:
+    """Float32 parameters before the first step, each where it is kept; says where they are from.
+
+    Those of `config.init_from` are its averaged ones where it has such. Only what Stable Diffusion
+    lacks may be fresh. No more than one of the fresh ones is whole anywhere. Raises `UserError`
+    where `config.init_from` is another model.
+    """
+    placed = placement.shardings(model.shapes)
+    given: Parts = {part: {} for part in model.shapes}
+    if config.init_from is not None:
+        given, source = stored_params(model, Path(config.init_from), placed)
+    params: Parts = {part: {} for part in model.shapes}
+    fresh = Counter[str]()
+    for part, network in model.networks.items():
+        for name in network.shapes:
+            if name in given[part]:
+                params[part][name] = given[part].pop(name)
+                continue
+            drawn = network.draw(config.seed, name)
+            params[part][name] = jax.make_array_from_callback(
+                drawn.shape, placed[part][name], drawn.__getitem__
+            )
+            if layer := re.fullmatch(ADDED, name):
+                fresh[layer[2]] += 1
+    if config.init_from is not None:
+        listed = ", ".join(f"{count} of {layer}" for layer, count in fresh.items())
+        say(f"{source}; fresh: {listed or 'none'}")
+    return params
+
+
+def stored_params(model: StoryModel, folder: Path, placed: Any) -> tuple[Parts, str]:
+    """A checkpoint folder's parameters, float32, where `placed` says, and what they are.
+
+    Raises `UserError` where they are another model's.
+    """
+    theirs = read_model(folder)
+    refuse_another(folder, spatial(theirs), spatial(model.config), "init_from")
+    shapes = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        model.shapes,
+        placed,
+    )
+    params, meta = load_weights(folder, None, shapes, may_lack=ADDED)
+    if not meta.get("absent"):  # Stable Diffusion leaves the rest to the recipe
+        refuse_another(folder, temporal(theirs), temporal(model.config), "init_from")
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    return params, f"{meta['weights']} parameters of {folder}"
+
+
+def spatial(config: ModelConfig) -> dict[str, Any]:
+    """What decides the meaning of the weights that Stable Diffusion has too."""
+    values = dataclasses.asdict(config)
+    unet = {k: v for k, v in values["unet"].items() if k in SD_UNET and k not in FREE}
+    vae = {k: v for k, v in values["vae"].items() if k not in FREE}
+    return {"unet": unet, "vae": vae, "text_encoder": values["text_encoder"]}
+
+
+def temporal(config: ModelConfig) -> dict[str, Any]:
+    """What decides the meaning of all others."""
+    values = dataclasses.asdict(config)
+    unet = {k: v for k, v in values["unet"].items() if k not in {*SD_UNET, *FREE}}
+    scheduler = {k: v for k, v in values["scheduler"].items() if k in PREDICTION}
+    return {"unet": unet, "scheduler": scheduler}

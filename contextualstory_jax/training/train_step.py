@@ -1,0 +1,335 @@
+"""What training changes, and the pure step that changes it.
+
+One step: draw noise, timesteps and drops; predict; min-SNR loss; gradient (accumulated over
+micro-batches); clip; AdamW; EMA. Randomness is a function of (seed, step, story's place in the
+global batch), whatever the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
+from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, training_target
+from contextualstory_jax.diffusion.noise import story_noise
+from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
+from contextualstory_jax.distributed.sharding import HEADS, Placement
+from contextualstory_jax.models.fused_attention import attention_on
+from contextualstory_jax.models.story_model import Parts, StoryModel, clamp
+from contextualstory_jax.models.storyflow import storyflow
+from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.utils.errors import require
+
+
+@no_type_check  # of arrays here; JAX makes others, of shapes and of shardings
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on exactly, but for the configuration."""
+
+    step: Int[Array, ""]
+    params: Parts  # the trained ones
+    frozen: Parts  # the others
+    ema_params: Parts
+    opt_state: optax.OptState
+    storyflow_sum: Float[Array, " m"]  # over all stories seen, for the mean that sampling uses
+    stories: Float[Array, ""]
+
+
+class Batch(NamedTuple):
+    """Stories on the device."""
+
+    images: UInt8[Array, "b f h w 3"]
+    ids: Int[Array, "b f l"]  # token ids of the sentences
+
+
+class Encoded(NamedTuple):
+    """Stories on the device, as the codec and the text tower have encoded them."""
+
+    moments: Moments  # of the latents, b f p q c
+    text: Float[Array, "b f l d"]
+
+
+class Draws(NamedTuple):
+    """The random part of a step's loss."""
+
+    latents: Float[Array, "b f p q c"]
+    noise: Float[Array, "b f p q c"]
+    timesteps: Int[Array, " b"]
+    drop_text: Bool[Array, " b"]
+    drop_first_frame: Bool[Array, " b"]
+
+
+def split_trainable(params: Parts, patterns: tuple[str, ...]) -> tuple[Parts, Parts]:
+    """Trained and frozen parameters, by regexes on `part.name`.
+
+    A tensor that nothing computes with is no parameter of ours, so every trained one has a
+    gradient. Raises `UserError` for a pattern that matches nothing.
+    """
+    paths = {f"{part}.{name}" for part, leaves in params.items() for name in leaves}
+    for pattern in patterns:
+        require(
+            any(re.fullmatch(pattern, path) for path in paths),
+            f"trainable: no parameter's path matches {pattern!r}; paths look like {min(paths)}",
+        )
+
+    def choose(trained: bool) -> Parts:
+        return {
+            part: {
+                name: leaf
+                for name, leaf in leaves.items()
+                if any(re.fullmatch(p, f"{part}.{name}") for p in patterns) == trained
+            }
+            for part, leaves in params.items()
+        }
+
+    return choose(True), choose(False)
+
+
+def merge_parts(first: Parts, second: Parts) -> Parts:
+    """The union of trained and frozen parameters."""
+    return {part: {**first[part], **second[part]} for part in first}
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate of each step: linear warm-up, then constant or a cosine to zero."""
+    peak = config.learning_rate
+    after = (
+        optax.constant_schedule(peak)
+        if config.schedule == "constant"
+        else optax.cosine_decay_schedule(peak, max(steps - config.warmup_steps, 1))
+    )
+    warmup = optax.linear_schedule(0.0, peak, max(config.warmup_steps, 1))
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping and AdamW with decay on every trained tensor. Reference: train.py."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+def ema_decay(updates: Int[Array, ""], largest: float) -> Float[Array, ""]:
+    """The share of the old average after so many updates before this one.
+
+    Parity: the first update copies the parameters.
+
+    Reference: diffusers EMAModel.get_decay.
+    """
+    updates = updates.astype(jnp.float32)
+    return jnp.where(updates == 0, 0.0, jnp.minimum((1 + updates) / (10 + updates), largest))
+
+
+def init_state(params: Parts, config: TrainConfig) -> TrainState:
+    """The state before the first step."""
+    trained, frozen = split_trainable(params, config.trainable)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=trained,
+        frozen=frozen,
+        # A copy, because it is donated beside params.
+        ema_params=jax.tree.map(jnp.copy, trained),
+        opt_state=optimizer(config.optimizer, config.steps).init(trained),
+        storyflow_sum=jnp.zeros(config.model.unet.n_frames - 1),
+        stories=jnp.zeros(()),
+    )
+
+
+def encode(
+    model: StoryModel, params: Parts, batch: Batch, null_ids: Int[Array | np.ndarray, " l"]
+) -> tuple[Encoded, Float[Array, "l d"]]:
+    """A batch, and the empty sentence, through the codec and the text tower."""
+    text = model.encode_text(params, batch.ids)
+    # By itself: one sentence more than devices divide would scatter all of the text tower's work.
+    null_text = model.encode_text(params, jnp.asarray(null_ids)[None, None])[0, 0]
+    return Encoded(model.picture_moments(params, batch.images), text), null_text
+
+
+def draw(model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: TrainConfig) -> Draws:
+    """Latents, noise, timesteps and drops of a batch, with one key a story."""
+    latent_keys, noise_keys, time_keys, text_keys, frame_keys = jax.vmap(
+        lambda key: jax.random.split(key, 5), out_axes=1
+    )(keys)
+    latents = model.sample(moments, latent_keys)
+    _, f, p, q, c = latents.shape
+    return Draws(
+        latents=latents,
+        noise=jax.vmap(lambda key: story_noise(key, (f, p, q, c), config.model.noise))(noise_keys),
+        timesteps=jax.vmap(
+            lambda key: jax.random.randint(key, (), 0, config.model.scheduler.num_train_timesteps)
+        )(time_keys),
+        drop_text=jax.vmap(lambda key: jax.random.bernoulli(key, config.text_drop))(text_keys),
+        drop_first_frame=jax.vmap(lambda key: jax.random.bernoulli(key, config.first_frame_drop))(
+            frame_keys
+        ),
+    )
+
+
+def loss(
+    model: StoryModel,
+    params: Parts,
+    draws: Draws,
+    text: Float[Array, "b f l d"],
+    null_text: Float[Array, "#b #f l d"],
+    snr_gamma: float | None,
+) -> Float[Array, ""]:
+    """The mean of the stories' losses. Reference: train.py."""
+    schedule = noise_schedule(model.config.scheduler)
+    noisy = add_noise(schedule, draws.latents, draws.noise, draws.timesteps)
+    target = training_target(schedule, draws.latents, draws.noise, draws.timesteps)
+    storyline = model.contextualize(params, text)
+    # The null text bypasses the contextualizer.
+    dropped = draws.drop_text[:, None, None, None]
+    storyline = jnp.where(dropped, null_text.astype(storyline.dtype), storyline)
+    keys_values = model.text_keys_values(params, storyline)
+    # Parity: StoryFlow values are truncated to integers in training, not in sampling.
+    motion = jnp.trunc(storyflow(draws.latents))
+    shifts = model.time_shifts(params, draws.timesteps, motion)
+    first_frame = None
+    if model.config.unet.is_continuation:
+        dropped = draws.drop_first_frame[:, None, None, None]
+        first_frame = jnp.where(dropped, noisy[:, 0], draws.latents[:, 0])
+        noisy, target = noisy[:, 1:], target[:, 1:]
+    prediction = model.predict(params, noisy, shifts, keys_values, first_frame)
+    weight = min_snr_weight(schedule, draws.timesteps, snr_gamma)
+    return jnp.mean(story_losses(prediction, target, weight))
+
+
+def update(
+    state: TrainState, gradient: Parts, tx: optax.GradientTransformation, largest_ema_decay: float
+) -> TrainState:
+    """Clip, AdamW, EMA; `state.params` are those the gradient was taken at, alphas clamped."""
+    updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.step, largest_ema_decay)
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, params)
+    return dataclasses.replace(
+        state, step=state.step + 1, params=params, ema_params=ema, opt_state=opt_state
+    )
+
+
+def _as_it_is(tree: Any) -> Any:
+    return tree
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+def make_train_step(
+    model: StoryModel,
+    config: TrainConfig,
+    null: Int[Array | np.ndarray, " l"] | Float[Array | np.ndarray, "l d"],
+    placement: Placement | None = None,
+) -> Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, Array]]]:
+    """The step that `jax.jit` compiles, for batches of `config.batch_size` stories.
+
+    Args: `null`, the empty sentence: its token ids or, for batches that are encoded, its features;
+    `placement`, where arrays lie, if not all on one device.
+    """
+    tx = optimizer(config.optimizer, config.steps)
+    rate = learning_rate(config.optimizer, config.steps)
+    sharded, gathered, split = (
+        (placement.sharded, placement.gathered, placement.split) if placement else (_as_it_is,) * 3
+    )
+
+    def micro_loss(trained: Parts, frozen: Parts, batch: Batch | Encoded, keys: Key[Array, " b"]):
+        params = merge_parts(trained, frozen)
+        encoded, null_text = (
+            encode(model, params, batch, null)
+            if isinstance(batch, Batch)
+            else (batch, jnp.asarray(null))
+        )
+        draws = draw(model, encoded.moments, keys, config)
+        value = loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
+        return value, storyflow(draws.latents).sum(axis=0)
+
+    def train_step(
+        state: TrainState, batch: Batch | Encoded
+    ) -> tuple[TrainState, dict[str, Array]]:
+        # Parity: the original clamps alpha in forward, outside the graph: the gradient is not cut.
+        state = dataclasses.replace(state, params=clamp(state.params))
+        step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        places = jnp.arange(config.batch_size)
+        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(places)
+        # Every n-th story, so that each device has its share of each micro-batch.
+        micro = jax.tree.map(
+            lambda x: x.reshape(-1, config.accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
+            (batch, keys),
+        )
+        # Cast and gathered once, for all micro-batches, forward and backward.
+        trained, frozen = gathered(_cast((state.params, state.frozen), model.dtype))
+
+        def gradient_of(micro: tuple[Batch | Encoded, Array]):
+            (value, motion), gradient = jax.value_and_grad(micro_loss, has_aux=True)(
+                trained, frozen, *split(micro)
+            )
+            return value, motion, _cast(sharded(gathered(gradient)), jnp.float32)
+
+        # The first stands outside: XLA's CPU backward convolutions are many times slower in a loop.
+        sums = gradient_of(jax.tree.map(lambda x: x[0], micro))
+        if config.accumulation_steps > 1:
+            rest = jax.tree.map(lambda x: x[1:], micro)
+            sums, _ = jax.lax.scan(
+                lambda sums, one: (jax.tree.map(jnp.add, sums, gradient_of(one)), None), sums, rest
+            )
+        value, motion, gradient = sums
+        value, gradient = jax.tree.map(lambda x: x / config.accumulation_steps, (value, gradient))
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.tree.norm(gradient),
+            "learning_rate": rate(state.step),
+        }
+        new = update(state, gradient, tx, config.optimizer.ema_decay)
+        change = jax.tree.map(jnp.subtract, new.params, state.params)
+        metrics["param_norm"] = optax.tree.norm(new.params)
+        metrics["update_norm"] = optax.tree.norm(change)
+        new = dataclasses.replace(
+            new,
+            storyflow_sum=state.storyflow_sum + motion,
+            stories=state.stories + config.batch_size,
+        )
+        return new, metrics
+
+    return train_step
+
+
+def make_validation(
+    model: StoryModel,
+    config: TrainConfig,
+    null_ids: Int[Array | np.ndarray, " l"],
+    placement: Placement,
+) -> Callable[[Parts, Parts, Batch], Float[Array, ""]]:
+    """The loss of trained and frozen parameters on a batch, with draws of the seed alone.
+
+    Nothing is dropped.
+    """
+    config = dataclasses.replace(config, text_drop=0.0, first_frame_drop=0.0)
+
+    @attention_on(placement.mesh, HEADS)
+    def validate(trained: Parts, frozen: Parts, batch: Batch) -> Float[Array, ""]:
+        params = merge_parts(clamp(trained), frozen)
+        params, batch = placement.gathered(_cast(params, model.dtype)), placement.split(batch)
+        encoded, null_text = encode(model, params, batch, null_ids)
+        keys = jax.random.split(jax.random.key(config.seed), len(batch.images))
+        draws = draw(model, encoded.moments, keys, config)
+        return loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
+
+    return validate

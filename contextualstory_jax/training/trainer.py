@@ -1,0 +1,468 @@
+"""Training, phase by phase: `train_and_evaluate` is the table of contents.
+
+A workdir is a checkpoint folder (`checkpoints/layout.py`) that also holds `config.json`,
+`parameters.txt`, `metrics.jsonl`, `tensorboard/` and `samples/`. Starting again in the same workdir
+goes on from its last checkpoint: the data's order and all randomness follow from the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import clu.parameter_overview
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
+from PIL import Image
+
+from contextualstory_jax.checkpoints.layout import contents, write_model, write_text
+from contextualstory_jax.checkpoints.manager import Checkpoints, Damaged, latest_step
+from contextualstory_jax.config.build import dotted
+from contextualstory_jax.config.train_config import TrainConfig
+from contextualstory_jax.data.latent_cache import EncodedStories
+from contextualstory_jax.data.loader import (
+    WaitMeter,
+    batches,
+    process_rows,
+    read_batches,
+    story_notes,
+    test_stories,
+    training_source,
+)
+from contextualstory_jax.data.vocabulary import vocabulary_of, write_vocabulary
+from contextualstory_jax.distributed.compilation import (
+    TRAINING_SECONDS,
+    compiling,
+    use_compilation_cache,
+)
+from contextualstory_jax.distributed.multihost import (
+    StopRequest,
+    all_succeed,
+    by_first,
+    compiled_together,
+    is_first,
+    require_agreement,
+    say,
+)
+from contextualstory_jax.distributed.sharding import BATCH, HEADS, Placement, batch_ways, make_mesh
+from contextualstory_jax.models.fused_attention import attention_on
+from contextualstory_jax.models.story_model import Parts, StoryModel
+from contextualstory_jax.models.tokenizer import Tokenizer
+from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
+from contextualstory_jax.training.cache_latents import open_latents, require_same_weights
+from contextualstory_jax.training.init_params import initial_params, tokenizer_folder
+from contextualstory_jax.training.metric_writers import NoWriter, ScalarWriter
+from contextualstory_jax.training.progress import Profile, Progress, starting
+from contextualstory_jax.training.train_step import (
+    Batch,
+    Encoded,
+    TrainState,
+    init_state,
+    make_train_step,
+    make_validation,
+    merge_parts,
+)
+from contextualstory_jax.utils import interruption
+from contextualstory_jax.utils.atomic import atomic_path
+from contextualstory_jax.utils.errors import UserError, require
+
+Step = Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, jax.Array]]]
+Flow = Callable[[TrainState], list[float]]  # the mean scene changes that sampling uses
+
+
+class NonFiniteLoss(ArithmeticError):
+    """Training diverged; the message names the step and the last good checkpoint."""
+
+
+def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
+    """Train a recipe in a workdir, from where its last checkpoint is, and return the last state.
+
+    In several processes all call it. Raises `UserError` for what the user can mend and
+    `NonFiniteLoss` where training diverges.
+    """
+    use_compilation_cache()
+    require_agreement({"workdir": str(workdir), **dotted(dataclasses.asdict(config))})
+    mesh = make_mesh(config.mesh)
+    placement = Placement(mesh, config.mesh.rules)
+    model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat)
+    files = tokenizer_folder(config, workdir)
+    tokenizer = Tokenizer(files, config.model.text_encoder.max_position_embeddings)
+    check(config, mesh, tokenizer)
+    say(placement.check(model.shapes))
+    latents = open_latents(config, tokenizer) if config.data.latents else None
+    abstract = abstract_state(model, config, placement)
+    # Before anything is written, because it may refuse.
+    params = initial_params(model, config, placement) if latest_step(workdir) is None else None
+    if latents is not None and params is not None:
+        require_same_weights(latents.cache, params)
+    by_first(lambda: write_model(workdir, config.model, files))
+    kept = config.keep_checkpoints, config.keep_every, config.keep_best
+    with Checkpoints(workdir, *kept) as checkpoints, StopRequest() as stop:
+        state = start_state(abstract, params, config, checkpoints)
+        if latents is not None and params is None:
+            require_same_weights(latents.cache, state.frozen)
+        del params
+        if int(state.step) >= config.steps:
+            say(f"already finished at step {int(state.step)}; raise --config.steps to train longer")
+            return state
+        say(starting(config, workdir, int(state.step)))
+        by_first(lambda: describe(config, state, workdir))
+        by_first(lambda: record_vocabulary(config, workdir))
+        step = compile_step(model, config, placement, state, tokenizer, latents)
+        step = compiled_together(step)
+        data = device_batches(config, mesh, tokenizer, int(state.step), latents)
+        flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
+        validate = validation(model, config, placement, tokenizer) if config.keep_best else None
+        with contextlib.closing(open_writer(config, workdir, int(state.step))) as writer:
+            run = Run(
+                config=config,
+                workdir=workdir,
+                checkpoints=checkpoints,
+                writer=writer,
+                stop=stop,
+                flow=flow,
+                validate=validate,
+                draw=functools.partial(
+                    draw_samples, model, config, tokenizer, workdir, writer, flow, placement
+                ),
+            )
+            say(compiling("training step", len(model.shapes["unet"]), TRAINING_SECONDS))
+            return loop(state, step, data, run)
+
+
+def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
+    """Raise `UserError` where the recipe fits no data, the devices or the tokenizer."""
+    source = training_source(config.data, config.model.height)
+    check_batch(config, mesh)
+    vocab_size = config.model.text_encoder.vocab_size
+    needed = int(tokenizer([""]).max()) + 1  # in CLIP's vocabularies the end token is the last
+    require(
+        vocab_size >= needed,
+        f"model.text_encoder.vocab_size = {vocab_size} is under the tokenizer's {needed}",
+    )
+    for note in story_notes(source, tokenizer.truncation_note):
+        say(note)
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Raise `UserError` where the batch does not divide."""
+    require(
+        config.batch_size % (config.accumulation_steps * batch_ways(mesh)) == 0,
+        f"batch_size = {config.batch_size} is not divisible by accumulation_steps x data x fsdp = "
+        f"{config.accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']}",
+    )
+
+
+def abstract_state(model: StoryModel, config: TrainConfig, placement: Placement) -> TrainState:
+    """The shape, dtype and sharding of everything in the state.
+
+    Raises `UserError` where `config.trainable` names no parameter.
+    """
+    state = jax.eval_shape(functools.partial(init_state, config=config), model.shapes)
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        state,
+        placement.shardings(state),
+    )
+
+
+def start_state(
+    abstract: TrainState, params: Parts | None, config: TrainConfig, checkpoints: Checkpoints
+) -> TrainState:
+    """The state to go on from: that before the first step, or the last whole checkpoint's.
+
+    `params` are used up. A checkpoint that is damaged is set aside, and told. Raises `UserError`
+    where none is left, or they are of another model.
+    """
+    if params is not None:
+        placed = jax.tree.map(lambda s: s.sharding, abstract)
+        begin = functools.partial(init_state, config=config)
+        return jax.jit(begin, out_shardings=placed, donate_argnums=0)(params)
+    steps = checkpoints.steps
+    for step, older in itertools.zip_longest(steps, steps[1:]):
+        restored: list[TrainState] = []
+
+        def restore(step: int = step, restored: list[TrainState] = restored) -> None:
+            items = checkpoints.restore(step, to_items(abstract))
+            restored.append(from_items(abstract, items))
+
+        problem = all_succeed(restore, Damaged)
+        if problem is None:
+            return restored[0]
+        require(older is not None, f"{problem}; no older checkpoint is whole")
+        say(f"{problem}; going on from checkpoint {older}")
+        by_first(lambda step=step: checkpoints.set_aside(step))
+        checkpoints.reload()
+    raise AssertionError("without a checkpoint there are parameters to begin with")
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """The state as checkpoint items: weights by name, and all else, flat, under `progress`."""
+    rest = dataclasses.replace(state, params={}, ema_params={}, frozen={})
+    leaves, _ = jax.tree_util.tree_flatten_with_path(rest)
+    progress = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+    return {
+        "params": state.params,
+        "ema_params": state.ema_params,
+        "frozen": state.frozen,
+        "progress": progress,
+    }
+
+
+def from_items(like: TrainState, items: dict[str, Any]) -> TrainState:
+    """The inverse of `to_items`, for a state of the same structure as `like`."""
+    rest = dataclasses.replace(like, params={}, ema_params={}, frozen={})
+    _, structure = jax.tree_util.tree_flatten(rest)
+    names = to_items(like)["progress"]
+    state = jax.tree_util.tree_unflatten(structure, [items["progress"][name] for name in names])
+    weights = {name: items[name] for name in ("params", "ema_params", "frozen")}
+    return dataclasses.replace(state, **weights)
+
+
+def describe(config: TrainConfig, state: TrainState, workdir: Path) -> None:
+    """Write the recipe and the table of parameters; print how many there are.
+
+    Raises `UserError` where the workdir cannot be written.
+    """
+    table = clu.parameter_overview.get_parameter_overview(
+        {"trained": state.params, "frozen": state.frozen}, include_stats=False
+    )
+    try:
+        write_text(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=2))
+        write_text(workdir / "parameters.txt", table + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {workdir}: {error.strerror}; choose another workdir"
+        ) from error
+    for title, parts in (("trained", state.params), ("frozen", state.frozen)):
+        counts = {
+            part: sum(math.prod(p.shape) for p in leaves.values()) for part, leaves in parts.items()
+        }
+        listed = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+        print(f"{title} parameters: {listed or 'none'}", flush=True)
+
+
+def record_vocabulary(config: TrainConfig, workdir: Path) -> None:
+    """Write the words of the training stories, of which `generate` warns where one is unknown."""
+    source = training_source(config.data, config.model.height)
+    write_vocabulary(workdir, vocabulary_of(config.data.name, source))
+
+
+def compile_step(
+    model: StoryModel,
+    config: TrainConfig,
+    placement: Placement,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    latents: EncodedStories | None = None,
+) -> Step:
+    """The training step over the mesh, for the stories or the latent cache there are."""
+    null = tokenizer([""])[0] if latents is None else latents.cache.null_text
+    return step_program(model, config, placement, state, np.asarray(null))
+
+
+def step_program(
+    model: StoryModel,
+    config: TrainConfig,
+    placement: Placement,
+    state: TrainState,
+    null: Int[np.ndarray, " l"] | Float[np.ndarray, "l d"],
+) -> jax.stages.Wrapped:
+    """The step of `make_train_step`: state donated and kept where it lies, metrics everywhere.
+
+    Args: `state`, or what `abstract_state` says of it; `null`, the empty sentence.
+    """
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(
+        attention_on(placement.mesh, HEADS)(make_train_step(model, config, null, placement)),
+        donate_argnums=0,
+        in_shardings=(placed, NamedSharding(placement.mesh, BATCH)),
+        out_shardings=(placed, NamedSharding(placement.mesh, PartitionSpec())),
+    )
+
+
+def validation(
+    model: StoryModel, config: TrainConfig, placement: Placement, tokenizer: Tokenizer
+) -> Callable[[TrainState], float]:
+    """The averaged weights' loss on held-out stories, always with the same noise and timesteps."""
+    size = config.batch_size // config.accumulation_steps
+    stories = test_stories(config.data, config.model.height, size)
+    chosen = [stories[i % len(stories)] for i in range(size)]
+    sharding = NamedSharding(placement.mesh, BATCH)
+    batch = Batch(
+        images=jax.device_put(np.stack([story.images for story in chosen]), sharding),
+        ids=jax.device_put(np.stack([tokenizer(story.sentences) for story in chosen]), sharding),
+    )
+    compute = jax.jit(
+        make_validation(model, config, np.asarray(tokenizer([""])[0]), placement),
+        out_shardings=NamedSharding(placement.mesh, PartitionSpec()),
+    )
+    compute = compiled_together(compute)
+    return lambda state: float(compute(state.ema_params, state.frozen, batch))
+
+
+def open_writer(config: TrainConfig, workdir: Path, first_step: int) -> ScalarWriter | NoWriter:
+    """What keeps the run's numbers: in the first process alone."""
+    if not is_first():
+        return NoWriter()
+    return ScalarWriter(workdir, first_step, config.wandb_project)
+
+
+def device_batches(
+    config: TrainConfig,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    first_step: int,
+    latents: EncodedStories | None = None,
+) -> Iterator[Batch | Encoded]:
+    """Batches on the mesh, one for each step from `first_step` on; encoded ones from a cache."""
+    sharding = NamedSharding(mesh, BATCH)
+    order = config.batch_size, config.seed, first_step
+    rows, workers = process_rows(sharding, config.batch_size), config.data.workers
+    if latents is None:
+        source = training_source(config.data, config.model.height)
+        read = batches(source, tokenizer, *order, rows=rows, workers=workers)
+    else:
+        read = read_batches(latents.read, len(latents), *order, rows=rows, workers=workers)
+    for arrays in read:
+        arrays = {
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in arrays.items()
+        }
+        if latents is None:
+            yield Batch(**arrays)
+        else:
+            yield Encoded(Moments(arrays["mean"], arrays["logvar"]), arrays["text"])
+
+
+def draw_samples(
+    model: StoryModel,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    workdir: Path,
+    writer: ScalarWriter | NoWriter,
+    flow: Flow,
+    placement: Placement,
+    state: TrainState,
+) -> None:
+    """Draw held-out stories with the EMA weights; one row a story, the originals above.
+
+    All devices draw; the first process writes.
+    """
+    stories = test_stories(config.data, config.model.height, config.sample_stories)
+    step, continuation = int(state.step), model.config.unet.is_continuation
+    params = merge_parts(state.ema_params, state.frozen)
+    pipeline = StoryPipeline(model, params, tokenizer, flow(state), placement=placement)
+    pictures = pipeline.draw(
+        [Story(s.sentences, s.story_id, s.images[0] if continuation else None) for s in stories]
+    ).pictures
+    if not is_first():
+        return
+    rows = [
+        np.concatenate(list(frames), axis=1)
+        for story, drawn in zip(stories, pictures, strict=True)
+        for frames in (story.images, drawn)
+    ]
+    picture = np.concatenate(rows)
+    with atomic_path(workdir / "samples" / f"step_{step:07d}.png") as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
+    writer.picture(step, "samples", picture)
+
+
+def storyflow_mean(state: TrainState) -> list[float]:
+    """The mean scene changes of all stories trained on; zeros before the first."""
+    return np.asarray(state.storyflow_sum / jnp.maximum(state.stories, 1)).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run leaves behind, and what it asks on the way."""
+
+    config: TrainConfig
+    workdir: Path
+    checkpoints: Checkpoints
+    writer: ScalarWriter | NoWriter
+    stop: StopRequest
+    flow: Flow
+    validate: Callable[[TrainState], float] | None
+    draw: Callable[[TrainState], None]
+
+    def save(self, state: TrainState, loss: float | None) -> None:
+        """Write a checkpoint in the background; `loss` says how good it is."""
+        step, items = int(state.step), to_items(state)
+        named = {name: items[name] for name in ("params", "ema_params", "frozen")}
+        meta = {"step": step, "storyflow": self.flow(state), "items": contents(named)}
+        self.checkpoints.save(step, items, meta, loss)
+
+
+def loop(
+    state: TrainState, train_step: Step, data: Iterator[Batch | Encoded], run: Run
+) -> TrainState:
+    """Step until the recipe's end, SIGTERM or Ctrl-C; log, save, draw and profile on the way."""
+    config, first, stopped = run.config, int(state.step), False
+    unchecked: list[tuple[int, dict[str, jax.Array]]] = []
+    data = WaitMeter(data)
+    with (
+        contextlib.closing(Progress(config, run.writer, first)) as progress,
+        contextlib.closing(Profile(config, run.workdir)) as profile,
+    ):
+        for number in range(first + 1, config.steps + 1):
+            profile.before(number)
+            state, values = train_step(state, next(data))
+            unchecked.append((number, values))
+            progress.add(number, values)
+            profile.after(number, values)
+            stopped = run.stop.after(number)
+            last = stopped or number == config.steps or progress.out_of_time
+            saves = last or number % config.checkpoint_every == 0
+            # A checkpoint is logged, so that no mean is of steps from before and after a restart.
+            if saves or number % config.log_every == 0:
+                require_finite(unchecked, run.checkpoints.latest)
+                with progress.paused():
+                    loss = run.validate(state) if saves and run.validate else None
+                progress.log(unchecked, data.take(), loss, aloud=saves)
+                unchecked.clear()
+                if saves:
+                    with progress.paused():
+                        run.save(state, loss)
+            if stopped:  # perhaps the machine is about to go: nothing that is not needed
+                break
+            if last or number % config.sample_every == 0:
+                with progress.paused():
+                    run.draw(state)
+            if last:
+                break
+    if stopped:
+        report_stop(int(state.step), run.checkpoints)
+    return state
+
+
+def report_stop(step: int, checkpoints: Checkpoints) -> None:
+    """Print where a run stopped before its end."""
+    if interruption.requested():
+        checkpoints.wait()
+        say(f"interrupted, checkpoint {step} saved")
+    else:
+        say(f"SIGTERM: stopped after step {step}; the same command resumes from there")
+
+
+def require_finite(steps: list[tuple[int, dict[str, jax.Array]]], last_good: int | None) -> None:
+    """Raise `NonFiniteLoss` for the first step whose loss or new parameters are not finite."""
+    for number, values in steps:
+        for name in ("loss", "param_norm"):
+            if not math.isfinite(values[name]):
+                raise NonFiniteLoss(
+                    f"{name} is {float(values[name])} at step {number}; the last good checkpoint "
+                    f"is {last_good or 'none'}; lower optimizer.learning_rate and start again"
+                )

@@ -1,0 +1,54 @@
+"""Atomic writes: a file or a folder is complete, or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from contextualstory_jax.utils.errors import UserError, require
+from contextualstory_jax.utils.interruption import removing
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `UserError` where a folder could not be made or written to; changes nothing."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    require(
+        existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        f"cannot write to {folder}: {existing} is not a folder one may write to; choose another",
+    )
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write a file or a folder at, which then takes the place of `path`.
+
+    In a folder that is there already the files are replaced one by one, and others stay. Raises
+    `UserError` where writing fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with removing(temporary):
+            yield temporary
+            if temporary.is_dir() and path.is_dir():
+                for file in temporary.iterdir():
+                    file.replace(path / file.name)
+            else:
+                temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose another place"
+        ) from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write indented JSON. Raises `UserError` where it cannot be written."""
+    with atomic_path(path) as temporary:
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")

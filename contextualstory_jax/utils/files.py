@@ -1,0 +1,61 @@
+"""Input files: checked before they are opened, and text read by the line."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from contextualstory_jax.utils.errors import UserError, require
+
+OTHERS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_file(path: Path, fix: str) -> None:
+    """Raise `UserError` unless `path` is a file, or a link to one.
+
+    To open anything else may take for ever: a FIFO waits for its writer. Args: `fix`, the end of
+    the message.
+    """
+    try:
+        kind = OTHERS.get(stat.S_IFMT(path.stat().st_mode))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not a path; {fix}") from error
+    require(kind is None, f"{path} is {kind}, not a file; {fix}")
+
+
+def has_file(path: Path) -> bool:
+    """Whether an optional file is there. Raises `UserError` for a link to nothing."""
+    there = os.path.exists(path)  # unlike Path's, also of a path that the system refuses
+    require(there or not os.path.islink(path), f"{path} is a link to nothing; replace or delete it")
+    return there
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a text file that are not blank, each with its place, `path:number`.
+
+    Raises `UserError` where the file is missing or is not UTF-8 text.
+    """
+    check_file(path, "name a file of stories")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name a file of stories") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
+    # Not splitlines, which also splits at characters that a JSON string may hold.
+    numbered = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), start=1)]
+    return [(where, line) for where, line in numbered if line.strip()]
+
+
+def user_cache() -> Path:
+    """The package's folder among the user's caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "contextualstory_jax"
