@@ -1,7 +1,7 @@
 """Write the picture and the table of docs/architecture.md from the package's imports.
 
-    python scripts/draw_architecture.py           # writes them
-    python scripts/draw_architecture.py --check   # status 1 where they differ from the imports
+python scripts/draw_architecture.py           # writes them
+python scripts/draw_architecture.py --check   # status 1 where they differ from the imports
 """
 
 from __future__ import annotations

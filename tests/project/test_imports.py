@@ -11,8 +11,8 @@ import contextualstory_jax
 PACKAGE = "contextualstory_jax"
 ROOT = Path(contextualstory_jax.__file__).parent
 
-# What each room, a folder of the package, may import of ours beside itself. The commands, the modules
-# at the package's top and `commands/`, may import all. A new room gets its line here.
+# What each room, a folder of the package, may import of ours beside itself. The commands (modules
+# at the top and `commands/`) may import all. A new room gets its line here.
 BASE = {"config", "utils"}
 MAY_IMPORT = {
     "utils": set(),

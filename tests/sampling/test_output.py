@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax.sampling.output import GRID_GAP, write_latents, write_story
-from contextualstory_jax.utils.atomic import check_writable, atomic_path, write_json
+from contextualstory_jax.utils.atomic import check_writable, write_json
 from contextualstory_jax.utils.errors import UserError
 
 SENTENCES = ("A cat.", "Ein Bär.", "熊。", "It sits.", "It sleeps.")
