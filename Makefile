@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow cuda jax lint types clean
+.PHONY: help venv demo test slow heavy cuda jax lint types clean
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # The first of these that is there, runs and is supported; another: make PYTHON=/path/to/python
@@ -9,6 +9,8 @@ PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3; d
 VENV := .venv/bin/python
 # Compiling takes most of the time and one core: a process a core, up to 4, each of which compiles.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=worksteal
+# A file's tests share compiled programs and trained models.
+BY_FILE := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
@@ -22,7 +24,10 @@ test: .venv/installed-test ## run the tests (minutes, no network)
 	$(VENV) -m pytest $(PARALLEL)
 
 slow: .venv/installed-test ## run the long tests that need nothing more installed
-	$(VENV) -m pytest -m "(slow or full_size or multiprocess) and not (torch or browser)"
+	$(VENV) -m pytest -m "(slow or multiprocess) and not (heavy or torch or browser)" $(BY_FILE)
+
+heavy: .venv/installed-test ## run the heaviest tests, before a release (an hour, 16 GB of memory)
+	$(VENV) -m pytest -m "heavy and not torch"
 
 cuda: .venv/installed-test,gpu ## compile for GPUs that are not there (several GB of packages)
 	$(VENV) -m pytest -m cuda_aot

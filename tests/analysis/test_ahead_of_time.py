@@ -118,7 +118,7 @@ def test_what_does_not_fit_a_slice_is_told_in_a_line(arguments, message):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("effort", [[], ["--quick"]], ids=["whole", "quick"])
 def test_a_training_step_compiles_for_a_slice(effort):
     done = script("--topology=v5e:2x2", "--config.batch_size=8", "--config.mesh.fsdp=4", *effort)
@@ -139,7 +139,7 @@ def test_a_training_step_compiles_for_a_slice(effort):
 
 
 @needs_compiler
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_what_a_slice_cannot_hold_does_not_fit():
     done = script("--topology", "v4:2x2x1", "--sampler", f"--config.batch_size={2**24}")
 

@@ -181,7 +181,7 @@ def test_the_embedded_stories_come_at_published_size():
     assert len(np.unique(images.reshape(-1, 3), axis=0)) > 20
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("recipe_name", ["pororo_visualization", "flintstones_continuation"])
 def test_a_training_step_at_published_size_fits_together(recipe_name):
     recipe = load_recipe(RECIPES[recipe_name], DRAWN)

@@ -24,7 +24,7 @@ from contextualstory_jax.data.shapes import TOKENIZER_DIR
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.testing.released_folders import WEIGHT_FILES, write_folder
 
-pytestmark = pytest.mark.full_size
+pytestmark = pytest.mark.heavy
 
 PUBLISHED = Path(__file__).parents[1] / "fixtures" / "published_shapes.json.gz"
 TENSORS = {"unet": 1537, "vae": 248, "text_encoder": 373}

@@ -159,7 +159,7 @@ def test_the_first_process_alone_speaks_and_all_draw(two_processes):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.heavy)])
 def test_what_two_processes_saved_goes_on_in_one(one, two_processes, tmp_path, devices):
     workdir = shutil.copytree(two_processes[0].with_suffix(".1"), tmp_path / "run")
 
@@ -168,6 +168,7 @@ def test_what_two_processes_saved_goes_on_in_one(one, two_processes, tmp_path, d
     assert_close(workdir, one)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_what_one_device_saved_goes_on_in_two_processes(one, tmp_path):
     workdir = shutil.copytree(one.with_suffix(".1"), tmp_path / "run")
@@ -178,6 +179,7 @@ def test_what_one_device_saved_goes_on_in_two_processes(one, tmp_path):
     assert_close(workdir, one)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_training_on_all_three_axes_is_that_of_one_device_and_goes_on_exactly(one, tmp_path):
     mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
@@ -229,6 +231,7 @@ def wait_until(found: object, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_a_kill_while_a_checkpoint_is_written_loses_no_more_than_it(one, tmp_path):
     workdir = tmp_path / "run"
@@ -257,7 +260,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_no_more_than_it(one, tmp_pat
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.heavy), 2])
 def test_sigterm_saves_and_ends_well(tmp_path, processes):
     workdir = tmp_path / "run"
     running = start(workdir, "steps=100000", "checkpoint_every=100000", processes=processes)
@@ -276,7 +279,9 @@ def test_sigterm_saves_and_ends_well(tmp_path, processes):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("interrupted", [[1], [0, 1]], ids=["one", "both"])
+@pytest.mark.parametrize(
+    "interrupted", [[1], pytest.param([0, 1], marks=pytest.mark.heavy)], ids=["one", "both"]
+)
 def test_ctrl_c_stops_both_processes_after_the_same_step(tmp_path, interrupted):
     workdir = tmp_path / "run"
     running = start(workdir, "steps=100000", "checkpoint_every=100000", processes=2)

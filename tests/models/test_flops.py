@@ -249,7 +249,7 @@ def test_the_published_unet_by_parts(parts, giga):
     assert sum(counted[part] for part in parts) / 1e9 == pytest.approx(giga, abs=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("mode", ["none", "conv2d"])
 def test_the_published_unet_is_compiled_to_as_much_work(mode):
     # XLA passes over the padding of convolutions, and SETA's tiles compute masked scores as well.

@@ -260,7 +260,7 @@ def test_on_eight_devices_each_computes_its_part():
     assert found["data"] == found["heads"] == [{FORWARD: 9, BACKWARD: 9}, {FORWARD: 9}]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_training_step_of_the_published_layers_calls_cudnn(cudnn):
     config = load_recipe("configs/pororo_visualization.py", [*NARROW, *DEEP])
 

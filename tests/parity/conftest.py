@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 OWN = Path(__file__).parent / "cases"
-# Of the whole UNets, which take the longest to compile: both tasks, training and all guidance.
-SHORT_UNETS = ("unet_sv_train", "unet_sc_sample_both")
+# Of the complete UNets, which take the longest to compile: the first frame and all guidance.
+SHORT_UNETS = ("unet_sc_sample_both",)
+# Of those that take a minute or more to compile, one of a kind stays among the slow ones.
+HEAVY = ("gradient_sv_6x9", "gradient_sv_10x6", "gradient_frame_stride", "train_sc")
 
 
 def find_cases(folder: Path) -> list[Path]:
@@ -36,8 +38,8 @@ def name(case: Path) -> str:
 
 def marks(case: Path) -> list[pytest.MarkDecorator]:
     """Of the project's own copies, those that take long are marked so."""
-    if case.parent.name == "full":
-        return [pytest.mark.full_size]
+    if case.parent.name == "full" or name(case) in HEAVY and case.is_relative_to(OWN):
+        return [pytest.mark.heavy]
     kind = json.loads(case.read_text())["kind"]
     is_long = kind in ("gradient", "train", "pipeline") or (
         kind == "unet" and name(case) not in SHORT_UNETS

@@ -223,6 +223,7 @@ def test_a_program_that_does_not_fit_a_chip_has_a_line_too():
     assert cells[:4] == ["training", "v5e:1x1", "20.0 GiB", "16.0 GiB"] and cells[-1] == "61 s"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_saved_and_restored_with_its_times(tmp_path, capsys):
     with pytest.raises(UserError, match="no such folder"):
         benchmark_checkpoint.main([*CHECKPOINT, str(tmp_path / "away")])

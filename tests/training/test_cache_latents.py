@@ -153,6 +153,7 @@ def test_the_storyflow_mean_is_that_of_drawn_latents_of_the_first_epoch(recipe, 
     assert f"mean StoryFlow values {cache.storyflow[0]:.3g}, " in str(cache)
 
 
+@pytest.mark.slow
 def test_the_storyflow_mean_is_the_same_without_a_cache_and_is_stored_where_drawing_finds_it(
     recipe, cache, tmp_path, monkeypatch, capsys
 ):

@@ -211,6 +211,7 @@ def make_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[di
     monkeypatch.setattr(trainer, "compile_step", compile_changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "param_norm"])
 def test_divergence_stops_the_run_and_leaves_the_last_good_checkpoint(
     whole, recipe, tmp_path, monkeypatch, no_samples, name
