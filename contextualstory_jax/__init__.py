@@ -1,4 +1,4 @@
-"""ContextualStory in JAX and Flax NNX: from five sentences, five pictures that belong together."""
+"""ContextualStory in JAX and Flax NNX: from five sentences, five images that belong together."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`python -m contextualstory_jax.evaluate --out DIR`: draws the test split, measures the pictures.
+"""`python -m contextualstory_jax.evaluate --out DIR`: generates the test split and measures it.
 
-Where JAX runs in several processes, each draws a part, and the first writes what is about all.
+Where JAX runs in several processes, each generates a part, and the first writes the results of all.
 From Python: `contextualstory_jax.evaluation.compare.evaluate` for a few stories.
 """
 
@@ -30,10 +30,10 @@ def parse(
     """The command's arguments, and the data to test on. Raises `UserError` for wrong ones."""
     parser = ArgumentParser(
         prog=prog,
-        description="Draw stories of the test split: OUT/index.html shows them beside the "
-        "originals, OUT/frames.jsonl lists the pictures. Of the embedded stories OUT/metrics.json "
-        "says how right they are, with the originals as upper and the untrained model as lower "
-        "bound. The same command goes on where it was stopped.",
+        description="Generate stories of the test split: OUT/index.html shows them beside the "
+        "originals, OUT/frames.jsonl lists the frames. For the synthetic stories OUT/metrics.json "
+        "holds metrics, with the originals as upper and the untrained model as lower bound. The "
+        "same command resumes where it was stopped.",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where to write")
     parser.add_argument(
@@ -46,7 +46,7 @@ def parse(
         "--stories",
         type=int,
         metavar="N",
-        help=f"the first N alone; default: all, of the embedded ones {SHAPES_STORIES}",
+        help=f"the first N alone; default: all, of the synthetic ones {SHAPES_STORIES}",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: ema where it is")
@@ -89,7 +89,7 @@ def main(
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
     config = pipeline.model.config
     models, rows = {"frame": pipeline}, {"original": "original", "drawn": "frame"}
-    measured = data.name == "shapes"  # whose pictures can be read
+    measured = data.name == "shapes"  # whose frames can be read
     if measured:
         require_readable(config.height, config.width)
         models["untrained"], rows["untrained"] = untrained(pipeline), "untrained"
@@ -143,7 +143,7 @@ def describe(
     stories: int,
     measured: bool,
 ) -> dict[str, Any]:
-    """What the pictures follow from, how many there are, and which metrics."""
+    """Settings that decide the frames, the number of stories, and which metrics."""
     from contextualstory_jax.checkpoints.layout import weights_digest
     from contextualstory_jax.evaluation.metrics.characters import METRICS
 

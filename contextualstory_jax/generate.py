@@ -1,4 +1,4 @@
-"""`python -m contextualstory_jax.generate`: stories in, pictures out; `--help` lists the rest."""
+"""`python -m contextualstory_jax.generate`: stories in, images out; `--help` lists the rest."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     about = "--about" in (sys.argv[1:] if argv is None else argv)  # which needs no story
     parser = ArgumentParser(
         prog=prog,
-        description="Draw stories: OUT/ID/frame_0.png and so on, grid.png and story.gif of each, "
-        "and OUT/stories.json, which says how. The same command draws the same pictures.",
+        description="Generate stories: OUT/ID/frame_0.png and so on, grid.png and story.gif of "
+        "each, and OUT/stories.json, which says how. The same command makes the same images.",
         epilog="Where no default is given it is the checkpoint's own.",
         allow_abbrev=False,
     )
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
 def _add_frameinit(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "FrameInit, for continuation",
-        "The initial noise takes low frequencies from the first frame, for steadier pictures.",
+        "The initial noise takes low frequencies from the first frame, for steadier frames.",
     )
     default = FrameInitConfig()
     hints = typing.get_type_hints(FrameInitConfig)
@@ -131,7 +131,7 @@ def _add_frameinit(parser: argparse.ArgumentParser) -> None:
     add(
         "--camera-motion",
         choices=motions,
-        help="over the whole first frame; default: it is held still",
+        help="over the complete first frame; default: it is held still",
     )
 
 
@@ -194,7 +194,7 @@ def main(
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
         disable=len(stories) <= arguments.batch_size,
     ) as bar:
-        for drawing in drawings:  # each batch is written before the next is drawn
+        for drawing in drawings:  # each batch is written before the next is generated
             for pictures, text in zip(drawing.pictures, waiting, strict=False):
                 folder = arguments.out / folder_name(text.id)
                 captions = not arguments.no_captions
@@ -260,7 +260,7 @@ def warn_of_unknown_words(checkpoint: Path, texts: Sequence[StoryText]) -> None:
 
 
 def read_stories(arguments: argparse.Namespace) -> list[StoryText]:
-    """The stories to draw. Raises `UserError` for those that are not right."""
+    """The stories to generate. Raises `UserError` for those that are not right."""
     if arguments.stories:
         require(
             arguments.first_frame is None,

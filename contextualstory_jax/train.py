@@ -1,4 +1,4 @@
-"""`python -m contextualstory_jax.train`: a recipe in, a model out; `--help` lists the rest."""
+"""`python -m contextualstory_jax.train`: a config in, a model out; `--help` lists the rest."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
     from contextualstory_jax.training.train_step import TrainState
 
-# JAX takes seconds to import, and neither --help nor a mistake in the recipe need wait for it: the
+# JAX takes seconds to import, and neither --help nor a mistake in the config need wait for it: the
 # trainer is imported where work begins.
 
 
 def train_and_evaluate(
     config: TrainConfig | ConfigDict | Mapping[str, Any], workdir: str | Path
 ) -> TrainState:
-    """Train a recipe, what `get_config()` returns, in a workdir, and return the last state.
+    """Train a config, as `get_config()` returns it, in a workdir, and return the last state.
 
-    Raises `UserError` for what the user can mend and `trainer.NonFiniteLoss` where training
+    Raises `UserError` for what the user can fix and `trainer.NonFiniteLoss` where training
     diverges.
     """
     from contextualstory_jax.training import trainer
@@ -46,9 +46,9 @@ def parse(
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s --config CONFIG --workdir DIR [--config.key=value ...]",
-        description="Train a recipe. Starting again in the same workdir goes on from its last "
+        description="Train a config. Starting again in the same workdir resumes from its last "
         "checkpoint.",
-        epilog="--config.key=value overrides a value of the recipe, for example "
+        epilog="--config.key=value overrides a value of the config, for example "
         "--config.optimizer.learning_rate=1e-4",
         allow_abbrev=False,
     )

@@ -145,7 +145,7 @@ def test_in_continuation_the_first_frame_is_given_and_not_measured(readable_conf
         ("--stories many", "--stories: invalid int value: 'many'"),
         ("--config absent.py", "no config absent.py"),
         ("--checkpoint absent", "no checkpoint folder absent"),
-        ("--checkpoint {tiny}", "square pictures of 32 pixels or more"),
+        ("--checkpoint {tiny}", "square images of 32 pixels or more"),
         ("--checkpoint {tiny} --weights raw", "holds no raw weights"),
         ("--checkpoint {readable} --batch-size 0", "batch size must be at least 1; got 0"),
         ("--checkpoint {readable} --seed -1", "seed must be an integer in"),

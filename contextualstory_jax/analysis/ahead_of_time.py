@@ -165,9 +165,9 @@ class Program(NamedTuple):
 
 
 def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
-    """A recipe's training step. Weights, data and a latent cache need not be there.
+    """A config's training step. Weights, data and a latent cache need not be there.
 
-    Raises `UserError` where the recipe does not fit the devices.
+    Raises `UserError` where the config does not fit the devices.
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
@@ -194,10 +194,13 @@ def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
 
 
 def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = None) -> Program:
-    """What draws a batch with a recipe's model and sampling options, in bfloat16.
+    """The generation of a batch with a config's model and sampling options, in bfloat16.
 
-    Args: `stories`, by default one for each part of a batch. Raises `UserError` where they do not
-    fit the devices.
+    Args:
+        stories: by default one for each part of a batch.
+
+    Raises:
+        UserError: where they do not fit the devices.
     """
     mesh = make_mesh(config.mesh, devices)
     ways = batch_ways(mesh)
@@ -250,7 +253,7 @@ def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = N
 
 
 def report(program: Program, *, quick: bool = False) -> dict[str, Any]:
-    """Compile, and report what the program takes of each device; `fits`, whether it has that.
+    """Compile, and report the program's costs on each device; `fits`, whether it has the memory.
 
     Memory is that of the part that takes most. Operations are XLA's count, which passes over zero
     padding, the project's (`models/flops.py`), and those of matrix products in full tiles

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: collectives, and traffic with memory.
+"""Collectives and memory traffic of a compiled program, read from its text.
 
 XLA's own counts take a loop's body once; here it counts as often as it runs: as XLA knows or, where
 the number of steps is an input of the program, as `steps` says.
@@ -127,7 +127,7 @@ def array_bytes(type_: str, *, in_hbm: bool = False) -> int:
 def collectives(hlo: str, steps: int = 1) -> dict[str, Collective]:
     """The collectives that one device takes part in, by kind, in a compiled program's text.
 
-    Bytes are those of the whole array: of an all-gather's result, of a reduce-scatter's operand.
+    Bytes are those of the complete array: of an all-gather's result, of a reduce-scatter's operand.
     What is begun and ended apart is counted at its end. TPU programs hold parts of one collective
     in several fusions, known by one channel, and a reduce-scatter as an all-reduce in a fusion of
     that name.

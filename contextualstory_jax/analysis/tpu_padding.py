@@ -1,4 +1,4 @@
-"""What a TPU computes for the matrix products of a program: whole tiles, whatever they hold.
+"""Operations of a TPU for the matrix products of a program, in full tiles.
 
 Features lie along 128 lanes and rows along 8 sublanes; what does not fill them is computed as well.
 """

@@ -1,10 +1,10 @@
-"""Checkpoint folders: what a run leaves, what drawing loads.
+"""Checkpoint folders: what a run leaves, what generation loads.
 
     FOLDER/model.json        the ModelConfig, and where the weights come from
     FOLDER/tokenizer/        CLIP tokenizer files
     FOLDER/checkpoints/STEP/ orbax, one sub-folder an item:
         params, ema_params, frozen   {part: {name: array}}
-        progress                     optimizer state and counters, for going on
+        progress                     optimizer state and counters, for resuming
         dead                         {part: {PyTorch key: array}}, for `conversion/export_torch.py`
         meta                         JSON: step, StoryFlow mean
     FOLDER/released/         JSON files of the folder that was converted, for going back
@@ -39,7 +39,7 @@ FORMAT = 1
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with removing(temporary):
         temporary.write_text(text)
@@ -54,8 +54,11 @@ def write_model(
 ) -> None:
     """Make `folder` a checkpoint folder for a model; refuses one that holds another architecture.
 
-    Args: `source`, where the weights come from, as JSON, if not from training here.
-    Raises `UserError` where the folder cannot be written or belongs to another model.
+    Args:
+        source: where the weights come from, as JSON, if not from training here.
+
+    Raises:
+        UserError: where the folder cannot be written or belongs to another model.
     """
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     try:
@@ -79,7 +82,8 @@ def refuse_another(
 ) -> None:
     """Raise `UserError` where a folder's model has other values than the config says.
 
-    Args: `other`, what to change if not the value.
+    Args:
+        other: what to change if not the value.
     """
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         for key in sorted({*theirs, *ours}):
@@ -136,12 +140,16 @@ def load_weights(
 ) -> tuple[dict, dict]:
     """All parameters of the newest checkpoint, as stored, and its meta, with `weights` in it.
 
-    Args: `weights`: `ema`, the average of the trained parameters, or `raw`, their last values; by
-    default `ema` where there is one. `shapes`, with shardings if not for one device. `may_lack`, a
-    regex of names that need not be there. `parts`, which are wanted, if not all; others may still
-    be among what is returned.
-    Raises `UserError` where there is no checkpoint, none with these weights, or it does not fit
-    `shapes`.
+    Args:
+        weights: `ema`, the average of the trained parameters, or `raw`, their last values; by
+            default `ema` where there is one.
+        shapes: with shardings if not for one device.
+        may_lack: a regex of names that need not be there.
+        parts: which are wanted, if not all; others may still be among what is returned.
+
+    Raises:
+        UserError: where there is no checkpoint, none with these weights, or it does not fit
+            `shapes`.
     """
     with Checkpoints(folder) as checkpoints:
         step, meta, names = choose_weights(checkpoints, weights, shapes, may_lack)
@@ -185,7 +193,7 @@ def choose_weights(
     )
     step = checkpoints.latest
     if step is None:
-        raise UserError(f"{folder} has no whole checkpoint yet; train it, or name another")
+        raise UserError(f"{folder} has no complete checkpoint yet; train it, or name another")
     meta = checkpoints.meta(step)
     weights = weights or ("ema" if "ema_params" in meta["items"] else "raw")
     item = "ema_params" if weights == "ema" else "params"
@@ -207,25 +215,26 @@ def choose_weights(
     ]
     require(
         not lacking or not meta.get("absent"),
-        f"{folder} holds Stable Diffusion, which draws no stories: train on from it, with "
+        f"{folder} holds Stable Diffusion, which generates no stories: train from it, with "
         f"train --config.init_from={folder}",
     )
     require(
         not lacking,
-        f"checkpoint {step} of {folder} lacks {len(lacking)} parameters: {', '.join(lacking[:3])}",
+        f"checkpoint {step} of {folder} is missing {len(lacking)} parameters: "
+        + ", ".join(lacking[:3]),
     )
     return step, {**meta, "weights": weights}, names
 
 
 def write_storyflow(folder: Path, storyflow: Sequence[float]) -> int:
-    """Give the newest checkpoint other mean scene changes, whole or not at all; returns its step.
+    """Give the newest checkpoint other mean scene changes, atomically; returns its step.
 
     All processes call it, and the first writes. Raises `UserError` in all of them where there is no
     checkpoint, and where it cannot be written.
     """
     step = latest_step(folder)
     if step is None:
-        raise UserError(f"{folder} has no whole checkpoint yet; train it, or name another")
+        raise UserError(f"{folder} has no complete checkpoint yet; train it, or name another")
     with Checkpoints(folder) as checkpoints:
         meta = checkpoints.meta(step)
     path = folder / "checkpoints" / str(step) / "meta" / "metadata"  # as orbax names it
@@ -241,7 +250,7 @@ def write_storyflow(folder: Path, storyflow: Sequence[float]) -> int:
 
 
 def contents(items: Mapping[str, Any]) -> dict[str, dict]:
-    """What `meta["items"]` says: the dtype of every parameter of every item."""
+    """The value of `meta["items"]`: the dtype of every parameter of every item."""
     return {
         name: {
             part: {leaf: str(a.dtype) for leaf, a in leaves.items()}
@@ -271,11 +280,14 @@ def write_weights(
     items: Mapping[str, Any],
     meta: Mapping[str, Any],
 ) -> None:
-    """Make a checkpoint folder for drawing.
+    """Make a checkpoint folder for generation.
 
-    Args: `items`, any of params, ema_params and frozen, as NumPy or JAX arrays; `meta`, with `step`
-    and `storyflow`, the mean scene changes.
-    Raises `UserError` where the folder cannot be written or has a checkpoint.
+    Args:
+        items: any of params, ema_params and frozen, as NumPy or JAX arrays.
+        meta: with `step` and `storyflow`, the mean scene changes.
+
+    Raises:
+        UserError: where the folder cannot be written or has a checkpoint.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -286,5 +298,5 @@ def write_weights(
     require(not (folder / "model.json").exists(), f"{folder} holds a model; choose another folder")
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(meta["step"], items, {**meta, "items": contents(items)})
-    # Last, so that a folder whose writing was interrupted is not taken for whole.
+    # Last, so that a folder whose writing was interrupted is not taken for complete.
     write_model(folder, config, tokenizer_folder)

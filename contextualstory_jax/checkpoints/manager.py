@@ -1,6 +1,6 @@
 """The numbered checkpoints of a folder, in orbax: named items, each a tree of arrays, and JSON.
 
-A step's folder is written whole or not at all. Shapes and dtypes are checked before anything is
+A step's folder is written atomically. Shapes and dtypes are checked before anything is
 read, because orbax casts a wrong dtype without a word.
 """
 
@@ -28,14 +28,15 @@ def _loss(metrics: Any) -> float:
 
 
 class Damaged(UserError):
-    """A checkpoint that cannot be read, although it has the name of a whole one."""
+    """A checkpoint that cannot be read, although it has the name of a complete one."""
 
 
 class Checkpoints:
     """The numbered checkpoints of a folder; as a context manager, it waits for writes at the end.
 
-    Args: `keep`, how many of the newest there may be; without it nothing is to be saved. Others
-    stay too: those at multiples of `keep_every` steps, and the `keep_best` with the least loss.
+    Args:
+        keep: how many of the newest there may be; without it nothing is to be saved. Others stay
+            too: those at multiples of `keep_every` steps, and the `keep_best` with the least loss.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Checkpoints:
         try:
             self.wait()
         except UserError:
-            if kind is None:  # else what ended the run is told, which may be this very error
+            if kind is None:  # else the error that ended the run is raised, perhaps this one
                 raise
         finally:
             self._manager.close()
@@ -90,12 +91,12 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step, None where there is none."""
+        """The newest complete checkpoint's step, None where there is none."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """All whole checkpoints' steps, the newest first."""
+        """All complete checkpoints' steps, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(
@@ -182,7 +183,7 @@ def reading(folder: Path, step: int) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What an error of the storage says, in one line."""
+    """The message of an error of the storage, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -214,7 +215,7 @@ def _check(where: str, wanted: Any, found: Any) -> None:
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest whole checkpoint's step, None where there is none, or no folder."""
+    """The newest complete checkpoint's step, None where there is none, or no folder."""
     if not (folder / "checkpoints").is_dir():
         return None
     with Checkpoints(folder) as checkpoints:

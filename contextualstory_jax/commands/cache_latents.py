@@ -1,4 +1,4 @@
-"""Encode a recipe's training split once, for `train --config.data.latents=DIR`."""
+"""Encode a config's training split once, for `train --config.data.latents=DIR`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def parse(
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s --config CONFIG --checkpoint DIR --out DIR [--config.key=value ...]",
-        description="Keep what the codec and the text tower make of a recipe's training stories, "
-        "and the mean of their StoryFlow values, so that training need not compute it at every "
-        "step: train --config CONFIG --config.data.latents=DIR",
+        description="Store the VAE's and the text encoder's outputs for a config's training "
+        "stories, and the mean of their StoryFlow values, so that training need not compute them "
+        "at every step: train --config CONFIG --config.data.latents=DIR",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -30,7 +30,7 @@ def parse(
         required=True,
         type=Path,
         metavar="DIR",
-        help="the folder whose codec and text tower encode: that which training starts from "
+        help="the folder whose VAE and text encoder encode: that which training starts from "
         "(init_from), or its workdir",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="a folder that is not there")

@@ -2,7 +2,7 @@
 
     contextualstory-jax prepare pororo --source pororo_png --out pororo_256
 
-A run that was stopped goes on where it was when it is started again. Needs the extra [data].
+A run that was stopped resumes where it was when it is started again. Needs the extra [data].
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     parser = ArgumentParser(
         prog=prog,
         description="Check a dataset on disk and write it in shards that training reads fast.",
-        epilog="Started again after it was stopped, it goes on.",
+        epilog="Started again after it was stopped, it resumes.",
     )
     parser.add_argument("dataset", choices=("pororo", "flintstones", "folder"))
     parser.add_argument(
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         "--out", required=True, type=Path, metavar="DIR", help="a new folder for the shards"
     )
     parser.add_argument(
-        "--size", type=int, default=256, metavar="N", help="pixels a side of the pictures (256)"
+        "--size", type=int, default=256, metavar="N", help="pixels a side of the images (256)"
     )
     parser.add_argument(
         "--split-policy",
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         "--captions",
         choices=("blip2", "original"),
         default="blip2",
-        help="of pororo: filtered by BLIP-2, with one picture a frame, or all (blip2)",
+        help="of pororo: filtered by BLIP-2, with one image a frame, or all (blip2)",
     )
     parser.add_argument(
         "--test-fraction",
@@ -101,7 +101,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     parser.add_argument(
         "--skip-broken",
         action="store_true",
-        help="leave out stories without all their pictures, or with an id there was before",
+        help="leave out stories without all their images, or with an id there was before",
     )
     parser.add_argument(
         "--workers",

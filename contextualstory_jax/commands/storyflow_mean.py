@@ -1,4 +1,4 @@
-"""The mean StoryFlow values of a recipe's training split, and into a checkpoint with them."""
+"""The mean StoryFlow values of a config's training split, and into a checkpoint with them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def parse(
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s --config CONFIG --checkpoint DIR [--write] [--config.key=value ...]",
-        description="The mean of the StoryFlow values of all of a recipe's training stories, in "
-        "latents of a checkpoint's codec: what drawing uses. A training run stores that of the "
-        "stories it has seen so far, or of all where it reads a latent cache.",
+        description="The mean of the StoryFlow values of all of a config's training stories, in "
+        "latents of a checkpoint's VAE, which generation uses. A training run stores the mean of "
+        "the stories it has seen so far, or of all where it reads a latent cache.",
         allow_abbrev=False,
     )
     add = parser.add_argument

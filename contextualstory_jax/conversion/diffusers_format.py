@@ -226,13 +226,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no JSON; copy it anew") from error
+        raise UserError(f"{path} is no JSON; copy it again") from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The content of a JSON file with names and values. Raises `UserError` where it has none."""
     values = read_json(path)
-    require(isinstance(values, dict), f"{path} holds no names and values; copy it anew")
+    require(isinstance(values, dict), f"{path} holds no names and values; copy it again")
     return values
 
 
@@ -275,7 +275,7 @@ def find_parts(source: Path, kind: Kind) -> dict[str, Path]:
     mend = (
         f"copy {final}'s, or Stable Diffusion 2.1-base's, into it"
         if trained
-        else "give a whole pipeline folder"
+        else "give a complete pipeline folder"
     )
     require(not missing, f"{source} has no {', '.join(missing)}; {mend}")
     return folders
@@ -284,10 +284,14 @@ def find_parts(source: Path, kind: Kind) -> dict[str, Path]:
 def read_config(parts: Mapping[str, Path], kind: Kind, text_length: int | None) -> ModelConfig:
     """The model that the JSON files of a folder describe.
 
-    Args: `parts`, the folder of each part; `text_length`, rows of the contextualizer's position
-    table, which no file tells.
     Stable Diffusion's own scheduler is passed over: its UNet is trained on with ContextualStory's.
-    Raises `UserError` with all that this model cannot be.
+
+    Args:
+        parts: the folder of each part.
+        text_length: rows of the contextualizer's position table, which no file records.
+
+    Raises:
+        UserError: with all that this model cannot be.
     """
     problems: list[str] = []
     values: dict[str, Any] = {}
@@ -311,7 +315,7 @@ def read_config(parts: Mapping[str, Path], kind: Kind, text_length: int | None) 
         path = parts["text_encoder"] / "config.json"
         free = WITHOUT_EFFECT["text_encoder"] | dict.fromkeys(DTYPE_KEYS)
         values["text_encoder"] = _read(path, None, TEXT_ENCODER, free, TextEncoderConfig)
-    # A training checkpoint has no scheduler: the original's recipes say it, and so do our defaults.
+    # A training checkpoint has no scheduler: the original's configs say it, and so do our defaults.
     if kind == "contextualstory" and "scheduler" in parts:
         with collected(problems):
             path = parts["scheduler"] / "scheduler_config.json"
@@ -322,7 +326,7 @@ def read_config(parts: Mapping[str, Path], kind: Kind, text_length: int | None) 
 
 
 def vae_blocks(levels: int) -> dict[str, list[str]]:
-    """Keys of the codec's config.json that follow from its number of levels."""
+    """Keys of the VAE's config.json that follow from its number of levels."""
     return {
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,

@@ -44,16 +44,23 @@ def export_released(
     A model that was converted gets its own JSON and dead tensors back; one that was trained here
     gets the released models' JSON, with its values, and zeros for dead tensors.
 
-    Args: `output`, a folder that is not there or empty; `weights`, `ema` or `raw`, by default `ema`
-    where there is one; `dtype`, that of all weights, or `keep`.
-    Returns a summary of what was written.
-    Raises `UserError` where the checkpoint is not whole; `output` is then as it was.
+    Args:
+        output: a folder that is not there or empty.
+        weights: `ema` or `raw`, by default `ema` where there is one.
+        dtype: that of all weights, or `keep`.
+
+    Returns:
+        A summary of what was written.
+
+    Raises:
+        UserError: where the checkpoint is incomplete or damaged; `output` is then as it was.
     """
     check_free(output)
     config = read_model(checkpoint)
     require(
         isinstance(config.vae, AutoencoderKLConfig),
-        f"{checkpoint} cannot be exported: the released layout has no {config.vae.kind} codec",
+        f"{checkpoint} cannot be exported: "
+        f"the released layout has no {config.vae.kind} image codec",
     )
     shapes = parameter_shapes(config)
     stored = StoredWeights(checkpoint, weights, shapes)
@@ -77,7 +84,7 @@ def export_released(
 
 
 def held(stored: StoredWeights, part: str) -> dict[str, StoredTensor]:
-    """What a checkpoint holds of a part, dead tensors included, by PyTorch key."""
+    """A part's tensors in a checkpoint, dead ones included, by PyTorch key."""
     tensors = {torch_key(t.name, len(t.shape)): t for t in stored.params[part].values()}
     averaged = stored.meta["weights"] == "ema" and f"{part}_ema" in stored.dead
     return tensors | stored.dead.get(f"{part}_ema" if averaged else part, {})
@@ -93,7 +100,9 @@ def write_part(
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Write a part's weights; returns shape and dtype by key.
 
-    Args: `made`, tensors that are not stored; `wrote`, told how many bytes were.
+    Args:
+        made: tensors that are not stored.
+        wrote: called with the number of bytes written.
     """
     header = {
         key: (torch_shape(t.name, t.shape), target_dtype(t.dtype, dtype))

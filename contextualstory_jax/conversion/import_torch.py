@@ -2,7 +2,7 @@
 
 `conversion/export_torch.py` is the way back.
 
-Nothing is converted that is not whole: the files' headers and JSON are compared with the model they
+Only intact folders are converted: the files' headers and JSON are compared with the model they
 describe first, values are checked on the way, and the result gets its name when it is complete.
 """
 
@@ -71,10 +71,16 @@ def import_released(
 ) -> dict[str, Any]:
     """Convert a released folder, a training checkpoint of the original, or Stable Diffusion 2.1.
 
-    Args: `output`, a folder that is not there or empty; `dtype`, that of all weights, or `keep`;
-    `origin`, what the summary calls the source.
-    Returns the summary, which also is in the checkpoint's model.json.
-    Raises `UserError` with all problems in one message; `output` is then as it was.
+    Args:
+        output: a folder that is not there or empty.
+        dtype: that of all weights, or `keep`.
+        origin: what the summary calls the source.
+
+    Returns:
+        The summary, which also is in the checkpoint's model.json.
+
+    Raises:
+        UserError: with all problems in one message; `output` is then as it was.
     """
     check_free(output)
     read = read_source(source)
@@ -152,7 +158,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, dict]:
 def misfits(
     part: str, tensors: Mapping[str, Tensor], match: Match, kind: diffusers_format.Kind
 ) -> list[str]:
-    """What is wrong with the names, shapes and dtypes of a part's tensors."""
+    """Problems with the names, shapes and dtypes of a part's tensors."""
     problems = list(match.problems)
     for key in match.keys.values():
         if tensors[key].dtype not in FLOATS.values():
@@ -164,7 +170,7 @@ def misfits(
 
 
 def checkpoint_items(source: Source, dtype: Dtype, not_finite: list[str]) -> Items:
-    """What the checkpoint will hold; tensors whose values turn out wrong go to `not_finite`."""
+    """The items of the checkpoint to be; tensors whose values turn out wrong go to `not_finite`."""
     items: Items = defaultdict(dict)
     for part, match in source.matches.items():
         found, shapes = source.tensors[part], source.shapes[PARTS[part]]
@@ -197,7 +203,8 @@ def converted(
 ) -> Tensor:
     """The tensor in another layout, of `shape`, and another dtype if it holds floats.
 
-    Args: `not_finite`, called when values are read that are not.
+    Args:
+        not_finite: called when values are read that are not.
     """
     target = target_dtype(tensor.dtype, dtype)
     read = functools.partial(read_converted, tensor, target, layout, not_finite)
@@ -236,7 +243,7 @@ def refuse(source: Path, problems: Sequence[str]) -> None:
 
 
 def summarise(items: Items, absent: int) -> dict[str, Any]:
-    """What is in a checkpoint, as JSON: by item and part, and dead tensors by reason."""
+    """The contents of a checkpoint, as JSON: by item and part, and dead tensors by reason."""
     reasons = Counter(
         reason
         for leaves in items.get("dead", {}).values()
@@ -308,7 +315,11 @@ def check_free(output: Path) -> None:
 def staged(output: Path, size: int) -> Iterator[Path]:
     """A folder beside `output` that becomes it in the end, or vanishes where anything fails.
 
-    Args: `size`, bytes that it will hold. Raises `UserError` where the disk has no room for them.
+    Args:
+        size: bytes that it will hold.
+
+    Raises:
+        UserError: where the disk has no room for them.
     """
     partial = output.absolute().with_name(f".{output.absolute().name}.partial")
     try:

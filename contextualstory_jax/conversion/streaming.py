@@ -65,7 +65,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _finish(pending: Sequence[Any]) -> None:
-    """Wait for all writes, so that none goes on when one has failed."""
+    """Wait for all writes, so that none continues when one has failed."""
     errors = []
     for commit in pending:
         try:
@@ -98,8 +98,13 @@ def stream_weights(
 ) -> None:
     """Write a checkpoint of tensors that are still in files, holding few of them at a time.
 
-    Args: `items` and `meta` as in `write_weights`; `wrote`, told how many bytes were.
-    Raises `OSError` where the disk is full, and what reading a tensor raises.
+    Args:
+        items: as in `write_weights`.
+        meta: as in `write_weights`.
+        wrote: called with the number of bytes written.
+
+    Raises:
+        OSError: where the disk is full; and what reading a tensor raises.
     """
     registry = ocp.type_handlers.create_type_handler_registry((Tensor, _TensorHandler(wrote)))
     arguments = {name: ocp.args.PyTreeSave(dict(tree)) for name, tree in items.items()}
@@ -131,7 +136,7 @@ def stream_weights(
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a checkpoint has an array, and what it is like."""
+    """The place of an array in a checkpoint, its shape and dtype."""
 
     item: str
     part: str

@@ -22,7 +22,7 @@ import numpy as np
 
 from contextualstory_jax.utils.errors import UserError, require
 
-# What safetensors calls NumPy's types.
+# Safetensors' names of NumPy's types.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -57,9 +57,13 @@ class Tensor:
 def find_weights(folder: Path, stems: Mapping[str, str]) -> tuple[list[Path], dict[str, str]]:
     """The files that hold a model's weights, and an index's word on which holds what, if any.
 
-    Args: `stems`, file name by suffix, in order of preference. Full precision comes before the
-    `fp16` variant, one file before shards.
-    Raises `UserError` where there are none or the index is damaged.
+    Full precision comes before the `fp16` variant, one file before shards.
+
+    Args:
+        stems: file name by suffix, in order of preference.
+
+    Raises:
+        UserError: where there are none or the index is damaged.
     """
     for suffix, stem in stems.items():
         for variant in ("", ".fp16"):
@@ -81,7 +85,7 @@ def _read_index(path: Path) -> dict[str, str]:
         whole = bool(shard_of) and all(Path(name).name == name for name in shard_of.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole, shard_of = False, {}
-    require(whole, f"{path} is no index of shards; copy it anew")
+    require(whole, f"{path} is no index of shards; copy it again")
     return shard_of
 
 
@@ -135,10 +139,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if position != size:
             raise ValueError(f"it has {size} bytes, its header speaks of {position}")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; copy it anew") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; copy it again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else "its header is damaged"
-        raise UserError(f"{path} is no whole safetensors file: {reason}; copy it anew") from error
+        raise UserError(f"{path} is no intact safetensors file: {reason}; copy it again") from error
     return tensors
 
 

@@ -37,7 +37,7 @@ DEAD: tuple[tuple[str, str], ...] = (
     (r".*\.position_ids", "a buffer holding 0..76"),
 )
 
-# What Stable Diffusion's UNet lacks, in PyTorch's names and in ours.
+# What Stable Diffusion's UNet does not have, in PyTorch's names and in ours.
 ADDED = (
     r"(.*\.)?(conv3ds|tempo_attns|first_frame_conv|text_adapter|msim_embedding"
     r"|frame_stride_embedding)\..*"
@@ -102,7 +102,7 @@ def to_torch(name: str, array: np.ndarray) -> np.ndarray:
 
 
 class Match(NamedTuple):
-    """What the tensors of a PyTorch checkpoint are to a model."""
+    """The matching of a PyTorch checkpoint's tensors to a model's parameters."""
 
     keys: dict[str, str]  # of the tensor that fills a parameter, by the parameter's name
     dead: dict[str, str]  # of tensors that nothing reads, by their canonical keys
@@ -151,7 +151,7 @@ def convert(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any]) -> Par
 
 
 def dead_tensors(shapes: Mapping[str, Any], n_temp_heads: int) -> dict[str, np.ndarray]:
-    """What the original holds beside the parameters of `shapes`, by PyTorch key: all zeros.
+    """The original's tensors beside the parameters of `shapes`, by PyTorch key: all zeros.
 
     Only `position_ids` counts. Reference: videoldm_unet_blocks.py TemporalResnetBlock;
     videoldm_attention.py RelativePositionBias, PositionalEncoding; transformers CLIPTextEmbeddings.

@@ -1,8 +1,8 @@
 """Several processes as one run: how they meet, agree, speak with one voice and stop together.
 
 On a TPU pod, on GKE and under SLURM, processes find each other from the environment; anywhere else
-each is told where the first one is. A single process needs none of this, and everything here does
-nothing then.
+each is given the address of the first one. A single process needs none of this, and everything here
+does nothing then.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def by_first(action: Callable[[], None]) -> None:
 
 
 def all_succeed(action: Callable[[], None], kind: type[UserError]) -> str | None:
-    """Do something in every process; what the first one to fail says, where it raises a `kind`."""
+    """Do something in every process; the message of the first one that raises a `kind`, if any."""
     problem = ""
     try:
         action()
@@ -170,8 +170,10 @@ def all_succeed(action: Callable[[], None], kind: type[UserError]) -> str | None
 def compiled_together(function: Any, static: int = 0) -> Callable[..., Any]:
     """A jitted function that no process begins to run before all have compiled it.
 
-    For a late one the others would wait for seconds only. Args: `static`, how many of its first
-    arguments are static.
+    For a late one the others would wait for seconds only.
+
+    Args:
+        static: how many of its first arguments are static.
     """
     import jax
     from orbax.checkpoint import multihost
@@ -207,7 +209,7 @@ class StopRequest:
         self._previous: Any = None
 
     def __enter__(self) -> StopRequest:
-        # With several processes JAX's own handler is there, which tells the others.
+        # With several processes JAX's own handler is there, which signals the others.
         if not _connected() and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._ask)
         return self

@@ -6,7 +6,7 @@ pairs (path regex, axes of the last dimensions); the first match wins and no mat
 every device. An axis that does not divide its dimension is dropped. Optimizer and EMA follow the
 parameter they belong to.
 
-A step computes with a copy of the parameters that is whole along `fsdp` (`gathered`), and its
+A step computes with a copy of the parameters that is gathered along `fsdp` (`gathered`), and its
 gradient is brought back to where the parameters are kept (`sharded`): the collectives of a step are
 those gathers and scatters, and no activation moves.
 """
@@ -36,7 +36,7 @@ RULES = (
 )
 BATCH = PartitionSpec(("data", "fsdp"))
 HEADS = PartitionSpec(*BATCH, None, "tensor")  # of queries, keys and values, `b s n k`
-LARGE = 2**20  # values; a parameter of so many that no rule splits is refused
+LARGE = 2**20  # values; a parameter of at least this size that no rule splits is refused
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -74,7 +74,7 @@ def batch_ways(mesh: Mesh | AbstractMesh) -> int:
 
 
 class Placement:
-    """A mesh with the rules for what lies on it: `rules` of a recipe before the project's own."""
+    """A mesh with the rules for what lies on it: `rules` of a config before the project's own."""
 
     def __init__(self, mesh: Mesh | AbstractMesh, rules: Sequence[ShardingRule] = ()):
         self.mesh = mesh
@@ -100,7 +100,7 @@ class Placement:
         return jax.lax.with_sharding_constraint(tree, self.shardings(tree))
 
     def gathered(self, tree: Any) -> Any:
-        """Inside a compiled function: the arrays, whole along all axes but `tensor`."""
+        """Inside a compiled function: the arrays, gathered along all axes but `tensor`."""
 
         def gathered(sharding: NamedSharding) -> NamedSharding:
             spec = (a if a == "tensor" else None for a in sharding.spec)
@@ -114,7 +114,7 @@ class Placement:
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, BATCH))
 
     def check(self, shapes: Mapping[str, Mapping[str, Any]]) -> str:
-        """What each rule splits, as a table; `shapes` are the model's, by part and name.
+        """The arrays that each rule splits, as a table; `shapes` are the model's, by part and name.
 
         Raises `UserError` for a rule that matches nothing and, where there is an axis to split it
         over, for a large parameter that none splits.

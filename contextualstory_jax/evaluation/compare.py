@@ -15,12 +15,12 @@ from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
 from contextualstory_jax.utils.errors import require
 from contextualstory_jax.utils.interruption import check
 
-SMALLEST = 32  # pixels a side that the reader of frames can tell characters by
+SMALLEST = 32  # pixels a side that the reader of frames can recognise characters by
 SUBSET_TITLES = {"all": "all frames", "needs_context": "frames that need their context"}
 
 
 class Result(NamedTuple):
-    """Pictures of some stories, and what `measure` says of them."""
+    """Frames of some stories, and their metrics from `measure`."""
 
     pictures: UInt8[np.ndarray, "b f h w 3"]
     metrics: dict[str, dict[str, Any]]
@@ -40,18 +40,22 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[int], object] = lambda drawn: None,
 ) -> dict[str, Result]:
-    """Draw stories with each model and measure the pictures; `originals`, the upper bound, first.
+    """Generate stories with each model and measure them; `originals`, the upper bound, first.
 
-    Where a model is given the first frame, frame 0 is measured of none. Args: `progress`, told
-    after each batch how many stories it drew. Raises `UserError` for stories that a model cannot
-    draw or nobody measure.
+    Where a model is given the first frame, frame 0 is measured of none.
+
+    Args:
+        progress: called after each batch with its number of stories.
+
+    Raises:
+        UserError: for stories that a model cannot generate or that cannot be measured.
     """
     given = any(pipeline.model.config.unet.is_continuation for pipeline in models.values())
 
     def result(pictures: UInt8[np.ndarray, "b f h w 3"]) -> Result:
         return Result(pictures, measure(stories, pictures, first_frame=int(given)))
 
-    # First of all, so that what cannot be measured is not drawn.
+    # First of all, so that what cannot be measured is not generated.
     results = {"originals": result(np.stack([story.images for story in stories]))}
     for name, pipeline in models.items():
         continuation = pipeline.model.config.unet.is_continuation
@@ -72,9 +76,9 @@ def evaluate(
 def measure(
     stories: Sequence[Example], pictures: UInt8[np.ndarray, "b f h w 3"], first_frame: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """What `CharacterMetrics.compute` says of pictures, from frame number `first_frame` on.
+    """`CharacterMetrics.compute` of images, from frame number `first_frame` on.
 
-    Raises `UserError` for pictures that the reader of frames is not made for.
+    Raises `UserError` for images that the reader of frames is not made for.
     """
     require_readable(*pictures.shape[2:4])
     metrics = CharacterMetrics()
@@ -84,18 +88,18 @@ def measure(
 
 
 def require_readable(height: int, width: int) -> None:
-    """Raise `UserError` for pictures that the reader of frames is not made for."""
+    """Raise `UserError` for images that the reader of frames is not made for."""
     require(
         height == width >= SMALLEST,
-        f"characters are read from square pictures of {SMALLEST} pixels or more a side; "
-        f"these have {height} x {width}: evaluate a model that draws such",
+        f"characters are read from square images of {SMALLEST} pixels or more a side; "
+        f"these have {height} x {width}: evaluate a model of such images",
     )
 
 
 def outcomes(
     story: Example, pictures: UInt8[np.ndarray, "f h w 3"], first_frame: int = 0
 ) -> Iterator[Outcome]:
-    """What each frame shows beside what it should, from frame number `first_frame` on."""
+    """The contents of each frame beside its labels, from frame number `first_frame` on."""
     readings = read_frames(pictures[first_frame:])
     labels = (story.labels or ())[first_frame:]
     for reading, label in zip(readings, labels, strict=True):
@@ -112,7 +116,8 @@ def outcomes(
 def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Metrics as text, with their 95 % intervals: one block a subset, one column what is measured.
 
-    Args: `metrics`, what `measure` says, by name.
+    Args:
+        metrics: the results of `measure`, by name.
     """
     blocks = []
     for subset, title in SUBSET_TITLES.items():

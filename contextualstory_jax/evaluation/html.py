@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-SMALL = 128  # pixels: narrower pictures are shown by their pixels, others are smoothed
+SMALL = 128  # pixels: narrower images are shown by their pixels, others are smoothed
 
 STYLE = """
 :root {
@@ -57,7 +57,7 @@ svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejo
 
 
 class Picture(NamedTuple):
-    """Where a picture is, a URL, and its size in pixels."""
+    """The URL of an image, and its size in pixels."""
 
     source: str
     width: int
@@ -65,7 +65,7 @@ class Picture(NamedTuple):
 
 
 def page(title: str, body: str) -> str:
-    """A whole page, headed by its title."""
+    """A complete page, headed by its title."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -89,9 +89,11 @@ def story_card(
     rows: Mapping[str, Sequence[Picture]],
     hints: Sequence[str],
 ) -> str:
-    """One story: its sentences over named rows of pictures; files load when they come into view.
+    """One story: its sentences over named rows of images; files load when they come into view.
 
-    Args: `heading`, as HTML; `hints`, shown below the sentences, empty for none.
+    Args:
+        heading: as HTML.
+        hints: shown below the sentences, empty for none.
     """
     told = "".join(
         f"<td>{escape(sentence)}"

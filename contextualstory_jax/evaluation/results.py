@@ -1,16 +1,16 @@
-"""A folder of drawn stories beside their originals, in which work can stop and go on.
+"""A folder of generated stories beside their originals, in which work can stop and resume.
 
-    OUT/settings.json                what the pictures follow from
+    OUT/settings.json                settings that decide the frames
     OUT/stories/00012-STORY/         one a story, its number in the split first:
-        frame_0.png ... frame_4.png            as drawn
+        frame_0.png ... frame_4.png            as generated
         original_0.png ... original_4.png
-        figure.png                             sentences, originals and drawn frames in one picture
+        figure.png                             sentences over originals and generated frames
         text.txt                               a sentence a line
         story.json                             a record a frame, and the size of every file
     OUT/frames.jsonl                 the records of all stories
     OUT/index.html, page_2.html ...  to look at
 
-A story's folder is there whole or not at all, and no two stories share one.
+A story's folder is written atomically, and no two stories share one.
 
 Source: reference `eval.py` save_generated_images and plot_generated_images. There stories overwrite
 each other's frames, which are named by ids that overlapping stories share.
@@ -35,7 +35,7 @@ from contextualstory_jax.utils.errors import require
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# What may differ between two starts in one folder, because the pictures do not follow from it.
+# What may differ between two starts in one folder, because the frames do not depend on it.
 FREE = ("checkpoint", "stories", "metrics", "data.root", "data.workers", "data.latents")
 
 SIDE = 128  # pixels of a frame in a figure
@@ -44,7 +44,7 @@ FONT_SIZE, MARGIN = 12, 5
 
 
 class Told(NamedTuple):
-    """A story without its pictures: its number in the split, and `source_ids` of its frames."""
+    """A story without its images: its number in the split, and `source_ids` of its frames."""
 
     number: int
     id: str
@@ -53,13 +53,13 @@ class Told(NamedTuple):
 
 
 class Gallery:
-    """The stories in a folder; what they follow from is in `settings`, which JSON can hold."""
+    """The stories in a folder; `settings`, as JSON values, decide their frames."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         self.folder, self.settings = folder, settings
 
     def check(self) -> None:
-        """Raise `UserError` where the folder holds stories that follow from other settings."""
+        """Raise `UserError` where the folder holds stories of other settings."""
         path = self.folder / "settings.json"
         if not path.exists():
             return
@@ -67,7 +67,7 @@ class Gallery:
         for key in [key for key in (ours | theirs) if key not in FREE]:
             require(
                 theirs.get(key) == ours.get(key),
-                f"{self.folder} holds stories drawn with {key} = {theirs.get(key)!r}, not "
+                f"{self.folder} holds stories generated with {key} = {theirs.get(key)!r}, not "
                 f"{ours.get(key)!r}; choose another --out or that value",
             )
 
@@ -80,7 +80,7 @@ class Gallery:
         return self.folder / "stories" / f"{story.number:05d}-{story.id}"
 
     def has(self, story: Told) -> bool:
-        """Whether a story is there, drawn from these sentences, with every file it is to have."""
+        """Whether a story is there, generated from these sentences, with all of its files."""
         folder = self.place(story)
         written = _read(folder / "story.json")
         sentences = tuple(record["sentence"] for record in written.get("frames", ()))
@@ -99,13 +99,16 @@ class Gallery:
     ) -> None:
         """Write a story.
 
-        Args: `drawn`, pictures by the first word of their files' names, among them `frame`;
-        `given`, how many of the first frames were given to the model. Raises `UserError` where the
-        story cannot be written.
+        Args:
+            drawn: images by the first word of their files' names, among them `frame`.
+            given: how many of the first frames were given to the model.
+
+        Raises:
+            UserError: where the story cannot be written.
         """
         folder = self.place(story)
         with atomic_path(folder) as temporary:
-            shutil.rmtree(folder, ignore_errors=True)  # one that lacks a file
+            shutil.rmtree(folder, ignore_errors=True)  # one with a missing file
             temporary.mkdir()
             for i, original in enumerate(example.images):
                 Image.fromarray(original).save(temporary / f"original_{i}.png")
@@ -148,7 +151,7 @@ class Gallery:
         return written["frames"]
 
     def pictures(self, story: Told, name: str) -> UInt8[np.ndarray, "f h w 3"]:
-        """The pictures of a story whose files' names begin with a word, such as `original`."""
+        """The images of a story whose files' names begin with a word, such as `original`."""
         folder = self.place(story)
         return np.stack([_picture(folder / f"{name}_{i}.png") for i in range(FRAMES)])
 
@@ -165,7 +168,7 @@ def figure(
     originals: UInt8[np.ndarray, "f h w 3"],
     drawn: UInt8[np.ndarray, "f h w 3"],
 ) -> Image.Image:
-    """The sentences over a row of originals over a row of drawn frames."""
+    """The sentences over a row of originals over a row of generated frames."""
     font = ImageFont.load_default(FONT_SIZE)
     width = len(originals) * SIDE
     lines = [line for sentence in sentences for line in _wrap(sentence, font, width - 2 * MARGIN)]

@@ -1,8 +1,8 @@
-"""Draws a whole test split into a gallery, on all devices of all hosts, and measures what it can.
+"""Generation of a complete test split into a gallery, on all hosts' devices, and its metrics.
 
-Each process draws every n-th story on its own devices, so that no process waits for another before
-the end, and stories that are there already are not drawn again. While the devices draw a batch,
-threads read the next and write the one before; no more is in memory.
+Each process generates every n-th story on its own devices, so that no process waits for another
+before the end, and stories that are there already are not generated again. While the devices run a
+batch, threads read the next and write the one before; no more is in memory.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from contextualstory_jax.utils.interruption import check
 
 Source = ShapesSource | StorySource
 
-# What is measured of a gallery, and how its pictures are called there.
+# Rows of a gallery that are measured, and the first word of their file names.
 MEASURED = {"originals": "original", "model": "frame", "untrained": "untrained"}
 THREADS = min(8, os.cpu_count() or 1)  # Pillow leaves Python to others while it packs
 
 
 def tell(source: Source, number: int) -> Told:
-    """A story of a split without its pictures."""
+    """A story of a split without its images."""
     if isinstance(source, StorySource):
         record = source.story(number)
         return Told(number, record.story_id, record.sentences, record.source_frame_ids)
@@ -54,12 +54,16 @@ def draw_split(
     batch_size: int = 8,
     progress: Callable[[int], object] = lambda written: None,
 ) -> None:
-    """Draw this process's part of the stories that the gallery lacks, and wait for the others'.
+    """Generate this process's part of the missing stories, and wait for the others'.
 
-    Args: `models` by the word that their files' names begin with, `frame` for the one that is
-    looked at; `progress`, told how many more of this process's stories are there.
-    Raises `UserError` for stories that a model cannot draw, and where a file cannot be read or
-    written.
+    Args:
+        models: by the word that their files' names begin with, `frame` for the one that is looked
+            at.
+        progress: called with how many more of this process's stories are there.
+
+    Raises:
+        UserError: for stories that a model cannot generate, and where a file cannot be read or
+            written.
     """
     require(batch_size >= 1, f"batch size must be at least 1; got {batch_size}")
     ours = stories[jax.process_index() :: jax.process_count()]
@@ -97,7 +101,7 @@ def draw_split(
 def _draw(
     pipeline: StoryPipeline, examples: Sequence[Example], seed: int, batch_size: int
 ) -> UInt8[np.ndarray, "b f h w 3"]:
-    """The pictures of a batch; the last story fills what it lacks."""
+    """The images of a batch; the last story fills its empty places."""
     continuation = pipeline.model.config.unet.is_continuation
     stories = [
         Story(example.sentences, example.story_id, example.images[0] if continuation else None)
@@ -118,7 +122,7 @@ def _finish(writing: list[Future[None]], progress: Callable[[int], object]) -> N
 def measure_split(
     source: Source, stories: Iterable[Told], gallery: Gallery, given: int
 ) -> dict[str, dict[str, Any]]:
-    """What `CharacterMetrics.compute` says of each of `MEASURED`, from frame `given` on."""
+    """`CharacterMetrics.compute` of each of `MEASURED`, from frame `given` on."""
     metrics = {name: CharacterMetrics() for name in MEASURED}
     for story in stories:
         check()

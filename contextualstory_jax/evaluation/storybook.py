@@ -1,6 +1,6 @@
-"""A self-contained HTML page of drawn stories, what was measured on them, and a loss curve.
+"""A self-contained HTML page of generated stories, their metrics, and a loss curve.
 
-Pictures and styles are inside the file and it has no scripts, so that it opens anywhere, offline.
+Images and styles are inside the file and it has no scripts, so that it opens anywhere, offline.
 """
 
 from __future__ import annotations
@@ -39,21 +39,25 @@ def write_storybook(
     shown: int = 6,
     about: str = "",
 ) -> None:
-    """Write the page: the first `shown` stories, one row of pictures a result, and all metrics.
+    """Write the page: the first `shown` stories, one row of images a result, and all metrics.
 
-    Args: `results` by the name that the page gives them, with pictures of all stories; `losses`,
-    (step, loss) of a training run; `about`, a sentence or two for the top of the page.
-    Raises `UserError` where the page cannot be written.
+    Args:
+        results: by the name that the page gives them, with images of all stories.
+        losses: (step, loss) of a training run.
+        about: a sentence or two for the top of the page.
+
+    Raises:
+        UserError: where the page cannot be written.
     """
     chapters = "\n".join(
         _story(story, {name: result.pictures[i] for name, result in results.items()})
         for i, story in enumerate(stories[:shown])
     )
-    body = f"""<p>Five sentences in, five pictures that belong together out. None of these stories
+    body = f"""<p>Five sentences in, five images that belong together out. None of these stories
 was trained on. {escape(about)}</p>
 <h2>Stories</h2>
-<p class="faint">Some sentences do not tell by themselves who is in the picture, or where; below
-them stands what the other sentences tell.</p>
+<p class="faint">Some sentences do not say by themselves who is in the image, or where; below
+them stands what the other sentences say.</p>
 {chapters}
 <h2>Metrics</h2>
 <p class="faint">On {len(stories)} stories, with 95&nbsp;% intervals over stories in brackets.</p>
@@ -69,7 +73,7 @@ them stands what the other sentences tell.</p>
 
 
 def _story(story: Example, pictures: Mapping[str, UInt8[np.ndarray, "f h w 3"]]) -> str:
-    """One story: its sentences over a row of pictures from each source."""
+    """One story: its sentences over a row of images from each source."""
     hints = [""] * len(story.sentences)
     for i, label in enumerate(story.labels or ()):
         if label.needs_context:

@@ -1,6 +1,6 @@
-"""A still picture filmed by a moving camera: the clips that FrameInit may start from.
+"""A still image filmed by a moving camera: the clips that FrameInit may start from.
 
-Numbers are float32 levels 0 to 255. Pictures are resized without antialiasing, as in the original.
+Numbers are float32 levels 0 to 255. Images are resized without antialiasing, as in the original.
 Source: reference pipeline_conditional_animation.py pan_left, pan_right, zoom_in, zoom_out.
 """
 
@@ -19,8 +19,8 @@ def film(
 ) -> Float32[np.ndarray, "f h w 3"]:
     """A clip of `frames` views of `height` x `width` pixels; `motion` is one of `CameraMotion`.
 
-    A pan crosses a picture wider than the view, and holds still on one that is not; a zoom goes to,
-    or starts from, the picture's middle. Each stops a step before its end.
+    A pan crosses an image wider than the view, and holds still on one that is not; a zoom goes to,
+    or starts from, the image's middle. Each stops a step before its end.
     """
     # Parity: view i is i / frames of the way along.
     shares = [i / frames for i in range(frames)]
@@ -36,7 +36,7 @@ def film(
 
 
 def _zoom(motion: str, share: float, height: int, width: int) -> tuple[int, int]:
-    """The size of the view of a picture of `height` x `width`, `share` of the way along."""
+    """The size of the view of an image of `height` x `width`, `share` of the way along."""
 
     def side(widest: int) -> int:
         closest = int(widest // ZOOM)
@@ -56,7 +56,7 @@ def _middle(
 def _cover(
     picture: UInt8[np.ndarray, "r s 3"], height: int, width: int
 ) -> Float32[np.ndarray, "h w 3"]:
-    """The picture in its own proportions, as small as covers `height` x `width`."""
+    """The image in its own proportions, as small as covers `height` x `width`."""
     rows, columns = picture.shape[:2]
     if rows * width >= columns * height:
         return resize(picture, math.floor(rows * width / columns), width)

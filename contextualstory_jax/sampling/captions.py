@@ -22,7 +22,7 @@ def viewable(
     """Frames of one size for a grid or an animation.
 
     Args:
-        frames: levels 0 to 255; enlarged by a whole factor, so that pixels stay sharp squares.
+        frames: levels 0 to 255; enlarged by an integer factor, so that pixels stay sharp squares.
         captions: one sentence a frame, written under it; None for bare frames.
     """
     height, width = frames.shape[1:3]

@@ -54,7 +54,7 @@ def save_frames(
     seed: int,
     name: str = "frame",
 ) -> None:
-    """Write `NAME_0.png` and so on into a folder; they tell seed and sentence."""
+    """Write `NAME_0.png` and so on into a folder; they hold seed and sentence."""
     for i, (picture, sentence) in enumerate(zip(pictures, sentences, strict=True)):
         path = folder / f"{name}_{i}.png"
         Image.fromarray(picture).save(path, pnginfo=_text(seed, sentence))

@@ -1,6 +1,6 @@
-"""The Python API: sentences in, pictures out.
+"""The Python API: sentences in, images out.
 
-Few compiled programs draw a batch (`sampling/sample.py`); batches are rounded up to few sizes.
+Few compiled programs generate a batch (`sampling/sample.py`); batches are rounded up to few sizes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ BATCH_SIZE = 8  # stories at once, where nothing else is said
 
 
 class Drawing(NamedTuple):
-    """Drawn stories."""
+    """Generated stories."""
 
     pictures: UInt8[np.ndarray, "b f h w 3"]
     latents: Float32[np.ndarray, "b f p q c"]  # before decoding
@@ -87,7 +87,7 @@ StepCallback = Callable[["StoryPipeline", int, int | float, dict[str, Any]], dic
 
 
 class StoryPipeline:
-    """A model with weights, ready to draw: `StoryPipeline.load(folder)(sentences, seed=0)`.
+    """A model with weights, ready to generate: `StoryPipeline.load(folder)(sentences, seed=0)`.
 
     A callback that sets `interrupt` ends the generation after its step: the latents are decoded as
     they are, and later batches left out.
@@ -105,10 +105,12 @@ class StoryPipeline:
     ):
         """A model in memory.
 
-        Args: `storyflow`, the mean of the training stories; `step`, how long they were seen;
-        `weights`, whether `params` are `ema` or `raw`; `placement`, where all processes together
-        keep them and draw, by default this one's devices: processes then draw different stories,
-        at different times.
+        Args:
+            storyflow: the mean of the training stories.
+            step: number of steps that the weights were trained for.
+            weights: whether `params` are `ema` or `raw`.
+            placement: where all processes together keep them and generate, by default this
+                process's devices: processes then generate different stories, at different times.
         """
         use_compilation_cache()
         self.model, self.tokenizer, self.step, self.weights = model, tokenizer, step, weights
@@ -116,7 +118,7 @@ class StoryPipeline:
         make_programs = generation_programs if placement is None else shared_programs
         placement = placement or Placement(make_mesh(MeshConfig(), jax.local_devices()))
         self.mesh = placement.mesh
-        # Drawing only reads: weights are held once, in the dtype they are computed with.
+        # Sampling only reads: weights are held once, in the dtype they are computed with.
         self.params = jax.device_put(_cast(params, model.dtype), placement.shardings(params))
         self._programs = make_programs(model, placement)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -133,8 +135,11 @@ class StoryPipeline:
     ) -> StoryPipeline:
         """Read a checkpoint folder: a training workdir, a converted one, or the model that ships.
 
-        Args: `weights`, `ema` or `raw`; by default `ema` where there are such.
-        Raises `UserError` where it is absent, incomplete or of another architecture.
+        Args:
+            weights: `ema` or `raw`; by default `ema` where there are such.
+
+        Raises:
+            UserError: where it is absent, incomplete or of another architecture.
         """
         folder = Path(folder)
         check_choice("dtype", dtype, DTYPES)
@@ -255,10 +260,13 @@ class StoryPipeline:
         progress: Callable[[int], object] = lambda drawn: None,
         **options: Any,
     ) -> Drawing:
-        """Draw stories; options are those of `draw_batches`.
+        """Generate stories; options are those of `draw_batches`.
 
-        Args: `progress`, told after each batch how many stories it drew. Raises `UserError` for
-        input that does not fit the model, before anything is drawn.
+        Args:
+            progress: called after each batch with its number of stories.
+
+        Raises:
+            UserError: for input that does not fit the model, before anything is generated.
         """
         drawings = []
         for drawing in self.draw_batches(stories, **options):
@@ -407,7 +415,7 @@ class StoryPipeline:
             yield request, real
 
     def _place(self, array: Any) -> jax.Array:
-        """An array that every process has whole, split by story."""
+        """An array that every process has in full, split by story."""
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):  # which JAX moves in one process alone
             return jax.random.wrap_key_data(self._place(jax.random.key_data(array)))
         return jax.device_put(array, NamedSharding(self.mesh, BATCH))

@@ -24,7 +24,7 @@ class StoryText(NamedTuple):
 
 
 def folder_name(story_id: str) -> str:
-    """The folder of a story's pictures: its id with `_` for all but letters, digits, `.`, `_`, `-`.
+    """The folder of a story's images: its id with `_` for all but letters, digits, `.`, `_`, `-`.
 
     Raises `UserError` where that names no folder of its own.
     """
@@ -39,7 +39,7 @@ def folder_name(story_id: str) -> str:
 def check_sentence(sentence: Any, where: str) -> str:
     """A sentence without the blanks around it. Raises `UserError` for anything else."""
     sentence = check_text(sentence, where)
-    require(sentence != "", f"{where}: a sentence is blank; write what its picture shows")
+    require(sentence != "", f"{where}: a sentence is blank; write what its image shows")
     return sentence
 
 
@@ -105,7 +105,7 @@ def _parse(line: str, where: str, folder: Path) -> StoryText:
     first_frame = values.get("first_frame")
     require(
         first_frame is None or isinstance(first_frame, str),
-        f"{where}: first_frame must be the path of a picture; got {first_frame!r}",
+        f"{where}: first_frame must be the path of an image; got {first_frame!r}",
     )
     return StoryText(
         tuple(check_text(sentence, where) for sentence in sentences),

@@ -94,7 +94,8 @@ def prepare(
 ) -> tuple[Conditioning, Float[Array, "b g p q c"]]:
     """Conditioning that all steps share, and the latents that they begin with.
 
-    Args: `branches`, the number of predictions that guidance needs (`guidance.py`).
+    Args:
+        branches: number of predictions that guidance needs (`guidance.py`).
     """
     storyline = model.contextualize(params, model.encode_text(params, inputs.ids))
     text = model.text_keys_values(params, storyline)
@@ -152,9 +153,9 @@ def take_steps(
 def decode(
     model: StoryModel, params: Parts, latents: Float[Array, "b f p q c"], ways: int
 ) -> UInt8[Array, "b f h w 3"]:
-    """Pictures of latents that lie on `ways` devices, on each a few stories at a time.
+    """Images of latents that lie on `ways` devices, on each a few stories at a time.
 
-    The codec's largest arrays, at the pictures' full size, bound how many stories fit in memory.
+    The VAE's largest arrays, at the images' full size, bound how many stories fit in memory.
     """
     of_device = len(latents) // ways
     at_once = ways * math.gcd(of_device, DECODED_AT_ONCE)
@@ -236,8 +237,9 @@ def generate(
 ) -> tuple[Array, Array]:
     """Images and latents of a batch.
 
-    Args: `after_step`, called with each step's number and latents, returns those to continue with
-    and whether to; without it, all steps are one call.
+    Args:
+        after_step: called with each step's number and latents; returns those to continue with and
+            whether to. Without it, all steps are one call.
     """
     branches, inputs, null_ids, motion, sampler, scales, frameinit = request
     given, latents = programs.prepare(

@@ -1,4 +1,4 @@
-"""Runs parity cases: what we compute, beside what the original computed."""
+"""Runs parity cases: our outputs beside the original's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
 
 
 class Case:
-    """What was run (`info`), inputs and outputs (`arrays`), the UNet with the recipe's weights.
+    """The call (`info`), inputs and outputs (`arrays`), the UNet with `parity_weights`' weights.
 
     Modules compute in `dtype`.
     """
@@ -142,7 +142,7 @@ def frame_strides(case: Case, batch: int) -> jax.Array | None:
 def predict_noise(case: Case, unet: UNet, sample, text, null_text, first_frame) -> jax.Array:
     """The UNet on `unet_inputs`, which may be traced; all branches of guidance together."""
     arrays = case.arrays
-    # Guidance: so many branches with the null text stand before the conditional one.
+    # Guidance: this many branches with the null text stand before the conditional one.
     unconditional = {None: 0, "text": 1, "both": 2}[case.info["guidance"]]
 
     def branches(x):
@@ -180,7 +180,7 @@ COMPARE = {
 
 
 def frameinit_of(info: Mapping[str, Any]) -> FrameInitConfig | None:
-    """A pipeline case's FrameInit in our words."""
+    """A pipeline case's FrameInit as our config."""
     given, names = info["frameinit"], {"d_s": "spatial", "d_t": "temporal", "n": "order"}
     if given is None:
         return None
@@ -189,7 +189,7 @@ def frameinit_of(info: Mapping[str, Any]) -> FrameInitConfig | None:
 
 
 def compare_pipeline(path: Path, pipeline: StoryPipeline) -> Iterator[Comparison]:
-    """A pipeline case's text tower, latents and pictures, of a checkpoint of its own weights."""
+    """A pipeline case's text encoder, latents and images, of a checkpoint of its own weights."""
     info, arrays = json.loads(path.read_text()), dict(np.load(path.with_suffix(".npz")))
     f, motion = info["n_frames"], path.parent / "checkpoint" / "cumulative_motion.json"
     initial, final, pictures = (

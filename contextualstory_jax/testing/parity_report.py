@@ -46,7 +46,7 @@ def case_rows(
 ) -> Iterator[Row]:
     """Cases against the original, a row an output; `pipelines` are `checkpoint` in each dtype.
 
-    Raises `UserError` for a case that is not whole.
+    Raises `UserError` for a case that is incomplete or damaged.
     """
     for path, info in cases.items():
         try:
@@ -57,7 +57,7 @@ def case_rows(
             else:
                 continue
         except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is no whole parity case ({error!r}); copy it anew") from error
+            raise UserError(f"{path} is no parity case ({error!r}); copy it again") from error
         name = path.parent.name if path.name == "case.json" else path.stem
         for same in zip(*outputs, strict=True):
             errors = [relative_error(output.ours, output.theirs) for output in same]
@@ -77,8 +77,10 @@ def is_shell_of(shell: Path, checkpoint: Path) -> bool:
 def module_rows(pipelines: Sequence[StoryPipeline]) -> Iterator[Row]:
     """A checkpoint's modules against themselves in float32 on the CPU.
 
-    Each is given what those computed before it. `pipelines`: the checkpoint in each dtype, float32
-    first.
+    Each is given the outputs of those before it.
+
+    Args:
+        pipelines: the checkpoint in each dtype, float32 first.
     """
     model, cpu = StoryModel(pipelines[0].model.config), jax.devices("cpu")[0]
     params = jax.device_put(pipelines[0].params, cpu)
@@ -96,13 +98,13 @@ def module_rows(pipelines: Sequence[StoryPipeline]) -> Iterator[Row]:
 
 
 def compute(function: Module, model: StoryModel, params: Parts, arrays: Arrays) -> np.ndarray:
-    """What a module computes, where its arguments lie."""
+    """The output of a module, computed where its arguments lie."""
     program = jax.jit(lambda params, arrays: function(model, params, arrays))
     return np.asarray(program(params, arrays), np.float32)
 
 
 def story_arrays(pipeline: StoryPipeline) -> Arrays:
-    """What the modules begin with: an embedded story, StoryFlow's mean and seeded noise."""
+    """The first inputs of the modules: a synthetic story, StoryFlow's mean and seeded noise."""
     config = pipeline.model.config
     (story,) = held_out(DataConfig(), config.height, 1)
     sides = config.latent_size(config.height, config.height)
@@ -131,12 +133,12 @@ def predict(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
 
 
 def encode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
-    """Latents of the story's pictures, drawn with the same noise in every dtype."""
+    """Latents of the story's images, sampled with the same noise in every dtype."""
     return model.encode_pictures(params, x["images"], jax.random.key(0)[None])
 
 
 def decode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
-    """Pictures of the latents, before they are cut to 8 bits."""
+    """Images of the latents, before they are cut to 8 bits."""
     codec = model.vae.bind(params["vae"], model.dtype)
     return decode_latents(codec, x["latents"][0], model.config.vae.scaling_factor)
 

@@ -35,11 +35,11 @@ def torch_weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def params(network: Network, seed: int, prefix: str = "") -> Params:
-    """All parameters of a network by the recipe, through the converter; `prefix` is the part's.
+    """All parameters of a network, through the converter; `prefix` is the part's.
 
     One by one, so that a network of the published size is in memory once.
     """
-    # Only here: the original's side of a benchmark draws its weights without JAX.
+    # Only here: the original's side of a benchmark makes its weights without JAX.
     import jax
     import jax.numpy as jnp
 

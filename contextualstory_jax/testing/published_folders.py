@@ -1,7 +1,7 @@
 """Writes small PororoSV and FlintstonesSV folders in the published layout, and folders of stories.
 
-Contents are made up, the layout is the real one, and the same arguments write the same files. What
-a test wants otherwise it changes afterwards: every file is small enough to be written again.
+Contents are made up, the layout is the real one, and the same arguments write the same files. A
+test changes afterwards what it needs: every file is small enough to be written again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FLINTSTONES_SETTINGS = ("living room", "kitchen", "quarry")
 
 
 def picture(name: str, size: int) -> np.ndarray:
-    """A picture, uint8 (size, size, 3), of 4 x 4 flat fields, like no other name's."""
+    """An image, uint8 (size, size, 3), of 4 x 4 flat fields, like no other name's."""
     fields = np.frombuffer(hashlib.sha384(name.encode()).digest(), np.uint8).reshape(4, 4, 3)
     return np.repeat(np.repeat(fields, size // 4, axis=0), size // 4, axis=1)
 
@@ -63,10 +63,10 @@ def write_pororo(
     missing: Iterable[str] = (),
     size: int = 16,
 ) -> Path:
-    """A PororoSV folder of `size` x `size` pictures.
+    """A PororoSV folder of `size` x `size` images.
 
-    `filtered` writes what BLIP-2 left, `strips` the original columns of two or three pictures (a
-    frame's second has the name `ID/1`). Of frames named in `missing` there are no pictures.
+    `filtered` writes what BLIP-2 left, `strips` the original columns of two or three images (a
+    frame's second has the name `ID/1`). Of frames named in `missing` there are no images.
     """
     root.mkdir(parents=True, exist_ok=True)
     frames = [f"{name}/{n}" for name, count in episodes.items() for n in range(1, count + 1)]
@@ -141,9 +141,9 @@ def write_flintstones(
     missing: Iterable[str] = (),
     size: int = 16,
 ) -> Path:
-    """A FlintstonesSV folder whose clips have two to four pictures of `size` x `size`.
+    """A FlintstonesSV folder whose clips have two to four images of `size` x `size`.
 
-    A clip's second picture has the name `ID/1`. Of clips named in `missing` there are no pictures.
+    A clip's second image has the name `ID/1`. Of clips named in `missing` there are no images.
     """
     (root / "video_frames_sampled").mkdir(parents=True, exist_ok=True)
     every = sorted(clip for of_split in clips.values() for clip in of_split)

@@ -24,7 +24,7 @@ WEIGHT_FILES = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "text_encoder": "text_encoder/model.safetensors",
 }
-PREFIXES = {"unet": "", "vae": "vae.", "text_encoder": "text_encoder."}  # of the recipe's names
+PREFIXES = {"unet": "", "vae": "vae.", "text_encoder": "text_encoder."}  # of `parity_weights` names
 
 Manifest = Mapping[str, tuple[tuple[int, ...], str]]  # key -> shape and dtype
 
@@ -52,7 +52,7 @@ def write_weights(path: Path, part: str, manifest: Manifest, seed: int) -> None:
 def write_folder(
     out: Path, skeleton: Path, manifests: Mapping[str, Manifest], seed: int = 0
 ) -> Path:
-    """Copy a folder that lacks the weights, and add those that the manifests name, part by part."""
+    """Copy a folder without weights, and add those that the manifests name, part by part."""
     for path in skeleton.rglob("*.*"):  # one by one: the skeleton's folders may be read-only
         copy = out / path.relative_to(skeleton)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def stable_diffusion_folder(out: Path) -> Path:
 
 
 def change_json(path: Path, change: Callable[[Any], object]) -> None:
-    """Change what a JSON file holds, in place."""
+    """Change the values of a JSON file, in place."""
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))

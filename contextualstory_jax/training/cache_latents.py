@@ -1,11 +1,12 @@
-"""Latent caches: what the frozen networks make of the training split, computed once and kept.
+"""Latent caches: the frozen networks' outputs for the training split, computed once and kept.
 
 A cache holds what training would compute at every step: posterior moments, which training still
-samples from, and text features. They are computed in the recipe's `compute_dtype` and stored in the
-dtype they come in, so that nothing is lost. A cache tells what it was made of, and training refuses
-one that was made of anything else. `data/latent_cache.py` says how it is stored, and reads it.
+samples from, and text features. They are computed in the config's `compute_dtype` and stored in the
+dtype they come in, so that nothing is lost. A cache records what it was made of, and training
+refuses one that was made of anything else. `data/latent_cache.py` says how it is stored, and reads
+it.
 
-Each process encodes its share of pictures and sentences on its own devices.
+Each process encodes its share of images and sentences on its own devices.
 """
 
 from __future__ import annotations
@@ -69,25 +70,25 @@ ENCODERS = ("vae", "text_encoder")  # the parts whose work is kept
 PICTURES_AT_ONCE, SENTENCES_AT_ONCE, STORIES_AT_ONCE = 16, 64, 32  # on each device
 # One record can be read alone, and floats hardly compress.
 OPTIONS = "group_size:1,uncompressed"
-READ_AHEAD = grain.ReadOptions(num_threads=16, prefetch_buffer_size=32)  # files, of many pictures
-MEND = "train with what it was made with, or make it anew"
+READ_AHEAD = grain.ReadOptions(num_threads=16, prefetch_buffer_size=32)  # files, of many images
+MEND = "train with what it was made with, or make it again"
 
 
 # ----------------------------------------------------------------------------- training from one
 
 
 def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
-    """The training split of a recipe, read from the cache that it names.
+    """The training split of a config, read from the cache that it names.
 
     Raises `UserError` where the cache is damaged, cannot be copied from its URL, or was made by
-    another recipe or of other stories, and where the recipe trains what the cache was made with.
+    another config or of other stories, and where the config trains what the cache was made with.
     """
     cache = LatentCache.open(local_copy(config.data.latents or ""))
     shapes = StoryModel(config.model).shapes
     for name in (f"{part}.{name}" for part in ENCODERS for name in shapes[part]):
         require(
             not any(re.fullmatch(pattern, name) for pattern in config.trainable),
-            f"data.latents keeps what frozen networks make, and the recipe trains {name}; "
+            f"data.latents keeps what frozen networks make, and the config trains {name}; "
             "train without a latent cache",
         )
     theirs = cache.about["settings"]
@@ -95,7 +96,7 @@ def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
         require(
             theirs.get(key) == value,
             f"the latent cache {cache.folder} was made with {key} = {theirs.get(key)!r}, and the "
-            f"recipe says {value!r}; {MEND}",
+            f"config says {value!r}; {MEND}",
         )
     require(
         cache.about["tokenizer"] == _files_digest(tokenizer.folder),
@@ -115,7 +116,7 @@ def require_same_weights(cache: LatentCache, params: Parts) -> None:
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """The values of a recipe that decide what a cache of it holds, by their dotted keys."""
+    """The values of a config that decide what a cache of it holds, by their dotted keys."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     chosen = {
         "data": ("name", "split_policy", "captions"),
@@ -126,7 +127,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def stories_on_disk(config: TrainConfig) -> StorySource:
-    """The training split of a recipe. Raises `UserError` for stories that never run out."""
+    """The training split of a config. Raises `UserError` for stories that never run out."""
     source = training_source(config.data, config.model.height)
     if not isinstance(source, StorySource):
         raise UserError(
@@ -147,10 +148,10 @@ def _files_digest(folder: Path) -> str:
 
 
 def cache_latents(config: TrainConfig, checkpoint: Path, out: Path) -> LatentCache:
-    """Encode the training split of a recipe with a checkpoint's weights into the folder `out`.
+    """Encode the training split of a config with a checkpoint's weights into the folder `out`.
 
     `out` appears when all is written. Raises `UserError` where it is there already or cannot be
-    written, where the checkpoint's codec or text tower are not the recipe's, and where a picture
+    written, where the checkpoint's VAE or text encoder are not the config's, and where an image
     cannot be read.
     """
     require(not out.exists(), f"{out} is there already; delete it, or choose another --out")
@@ -187,10 +188,10 @@ def cache_latents(config: TrainConfig, checkpoint: Path, out: Path) -> LatentCac
 
 
 def storyflow_of_split(config: TrainConfig, checkpoint: Path) -> list[float]:
-    """The mean scene changes of a recipe's training split, as in a latent cache, but without one.
+    """The mean scene changes of a config's training split, as in a latent cache, but without one.
 
-    Raises `UserError` where the checkpoint's codec or text tower are not the recipe's, and where a
-    picture cannot be read.
+    Raises `UserError` where the checkpoint's VAE or text encoder are not the config's, and where an
+    image cannot be read.
     """
     source, encoder = stories_on_disk(config), Encoder(config, checkpoint)
     stories = grain.MapDataset.source(list(_share(len(source))))
@@ -206,9 +207,9 @@ def storyflow_of_split(config: TrainConfig, checkpoint: Path) -> list[float]:
 
 
 class Encoder:
-    """A checkpoint's codec and text tower, on this process's devices.
+    """A checkpoint's VAE and text encoder, on this process's devices.
 
-    Raises `UserError` where they are not those of the recipe's model.
+    Raises `UserError` where they are not those of the config's model.
     """
 
     def __init__(self, config: TrainConfig, checkpoint: Path):
@@ -230,7 +231,7 @@ class Encoder:
         }
 
     def moments(self, pictures: Iterable[UInt8[np.ndarray, "h w 3"]]) -> Iterator[np.ndarray]:
-        """Mean and log of variance (2, p, q, c) of each picture."""
+        """Mean and log of variance (2, p, q, c) of each image."""
         return self._each(self._picture_moments, pictures, PICTURES_AT_ONCE)
 
     def text(self, sentences: Sequence[str]) -> Iterator[np.ndarray]:
@@ -247,9 +248,12 @@ class Encoder:
     ) -> list[float]:
         """The mean scene changes of `count` stories; each process reads its share, in order.
 
-        Of latents drawn from the posteriors, because it stands for the values of such latents that
-        the UNet is trained on; those of the means are smaller. Args: `moments`, means and logs of
-        variances (b, 5, p, q, c) of some stories, as training sees them in its first epoch.
+        Of latents sampled from the posteriors, because it stands for the values of such latents
+        that the UNet is trained on; those of the means are smaller.
+
+        Args:
+            moments: means and logs of variances (b, 5, p, q, c) of some stories, as training sees
+                them in its first epoch.
         """
 
         @jax.jit
@@ -318,7 +322,7 @@ def _encoder_params(config: ModelConfig, checkpoint: Path) -> Parts:
 def _pictures(
     source: StorySource, paths: Sequence[Path], counts: np.ndarray
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """This process's pictures; sets `counts`, how many each of its files has, as it goes."""
+    """This process's images; sets `counts`, how many each of its files has, as it goes."""
     part, read = _share(len(paths)), candidates(source)
 
     def squares(number: int) -> list[np.ndarray]:
@@ -354,7 +358,7 @@ def _write(
 
 
 def _share(count: int) -> range:
-    """This process's part of so many things."""
+    """This process's part of `count` things."""
     index, processes = jax.process_index(), jax.process_count()
     return range(index * count // processes, (index + 1) * count // processes)
 

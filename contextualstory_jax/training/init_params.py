@@ -1,4 +1,4 @@
-"""What training begins with: fresh parameters, or those of another checkpoint folder."""
+"""Initial parameters: fresh ones, or those of another checkpoint folder."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from contextualstory_jax.distributed.multihost import say
 from contextualstory_jax.distributed.sharding import Placement
 from contextualstory_jax.models.story_model import Parts, StoryModel
 
-# What may differ from the model that training begins with: sizes and first values, and whether a
-# first frame is given, which adds layers.
+# Fields that may differ from the model that training begins with: sizes and first values, and
+# whether a first frame is given, which adds layers.
 FREE = {
     "sample_size",
     "first_frame_condition_mode",
     "zero_init_storyflow_adapter",
     "zero_init_FSText",
 }
-# What of the scheduler decides what the UNet predicts.
+# Fields of the scheduler that decide what the UNet predicts.
 PREDICTION = {
     "num_train_timesteps",
     "beta_start",
@@ -52,8 +52,9 @@ def initial_params(model: StoryModel, config: TrainConfig, placement: Placement)
     """Float32 parameters before the first step, each where it is kept; says where they are from.
 
     Those of `config.init_from` are its averaged ones where it has such. Only what Stable Diffusion
-    lacks may be fresh. No more than one of the fresh ones is whole anywhere. Raises `UserError`
-    where `config.init_from` is another model.
+    does not have may be fresh. At most one fresh one is unsharded in memory at any time.
+
+    Raises `UserError` where `config.init_from` is another model.
     """
     placed = placement.shardings(model.shapes)
     given: Parts = {part: {} for part in model.shapes}
@@ -91,14 +92,14 @@ def stored_params(model: StoryModel, folder: Path, placed: Any) -> tuple[Parts, 
         placed,
     )
     params, meta = load_weights(folder, None, shapes, may_lack=ADDED)
-    if not meta.get("absent"):  # Stable Diffusion leaves the rest to the recipe
+    if not meta.get("absent"):  # Stable Diffusion leaves the rest to the config
         refuse_another(folder, temporal(theirs), temporal(model.config), "init_from")
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     return params, f"{meta['weights']} parameters of {folder}"
 
 
 def spatial(config: ModelConfig) -> dict[str, Any]:
-    """What decides the meaning of the weights that Stable Diffusion has too."""
+    """The values that decide the meaning of the weights that Stable Diffusion has too."""
     values = dataclasses.asdict(config)
     unet = {k: v for k, v in values["unet"].items() if k in SD_UNET and k not in FREE}
     vae = {k: v for k, v in values["vae"].items() if k not in FREE}
@@ -106,7 +107,7 @@ def spatial(config: ModelConfig) -> dict[str, Any]:
 
 
 def temporal(config: ModelConfig) -> dict[str, Any]:
-    """What decides the meaning of all others."""
+    """The values that decide the meaning of all others."""
     values = dataclasses.asdict(config)
     unet = {k: v for k, v in values["unet"].items() if k not in {*SD_UNET, *FREE}}
     scheduler = {k: v for k, v in values["scheduler"].items() if k in PREDICTION}

@@ -1,4 +1,4 @@
-"""Where the numbers of a run are kept: `metrics.jsonl`, TensorBoard (without TensorFlow), wandb."""
+"""Metric writers of a run: `metrics.jsonl`, TensorBoard (without TensorFlow), wandb."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ScalarWriter:
             self._wandb.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Show a picture in TensorBoard."""
+        """Show an image in TensorBoard."""
         self._board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class ScalarWriter:
 
 
 class NoWriter:
-    """What the other processes write to: nothing."""
+    """The writer of all other processes: it writes nothing."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record nothing."""

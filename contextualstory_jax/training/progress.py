@@ -1,4 +1,4 @@
-"""What a training run shows of itself: a bar, the means of its numbers, and profiles."""
+"""Progress bar, metric averaging and profiling of a training run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def starting(config: TrainConfig, workdir: Path, first_step: int) -> str:
 
 
 class Progress:
-    """What the user sees of a run: a bar, and the means of all steps since the last log."""
+    """Progress bar of a run, and the means of its metrics over all steps since the last log."""
 
     def __init__(self, config: TrainConfig, writer: ScalarWriter | NoWriter, first_step: int):
         self._config, self._writer = config, writer
@@ -82,7 +82,8 @@ class Progress:
     ) -> None:
         """Write the means of some steps, and print them if `aloud`.
 
-        Args: `waited`, seconds that steps waited for their stories since the last log.
+        Args:
+            waited: seconds that steps waited for their stories since the last log.
         """
         means = StepMetrics.empty()
         for _, values in jax.device_get(list(steps)):
@@ -132,7 +133,7 @@ class Progress:
 
 
 def device_memory() -> dict[str, float]:
-    """GiB in use, and at most in use so far, on this process's first device, where it tells."""
+    """GiB in use, and the peak so far, on this process's first device, where it reports them."""
     stats = jax.local_devices()[0].memory_stats() or {}
     names = {"memory": "bytes_in_use", "peak_memory": "peak_bytes_in_use"}
     return {name: stats[key] / 2**30 for name, key in names.items() if key in stats}

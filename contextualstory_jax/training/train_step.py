@@ -1,6 +1,6 @@
-"""What training changes, and the pure step that changes it.
+"""The training state, and the pure step that updates it.
 
-One step: draw noise, timesteps and drops; predict; min-SNR loss; gradient (accumulated over
+One step: sample noise, timesteps and drops; predict; min-SNR loss; gradient (accumulated over
 micro-batches); clip; AdamW; EMA. Randomness is a function of (seed, step, story's place in the
 global batch), whatever the devices.
 """
@@ -34,7 +34,7 @@ from contextualstory_jax.utils.errors import require
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a run needs to go on exactly, but for the configuration."""
+    """Everything a run needs to resume exactly, but for the configuration."""
 
     step: Int[Array, ""]
     params: Parts  # the trained ones
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Stories on the device, as the codec and the text tower have encoded them."""
+    """Stories on the device, as the VAE and the text encoder have encoded them."""
 
     moments: Moments  # of the latents, b f p q c
     text: Float[Array, "b f l d"]
@@ -127,7 +127,7 @@ def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformati
 
 
 def ema_decay(updates: Int[Array, ""], largest: float) -> Float[Array, ""]:
-    """The share of the old average after so many updates before this one.
+    """The share of the old average, where `updates` came before this one.
 
     Parity: the first update copies the parameters.
 
@@ -155,9 +155,9 @@ def init_state(params: Parts, config: TrainConfig) -> TrainState:
 def encode(
     model: StoryModel, params: Parts, batch: Batch, null_ids: Int[Array | np.ndarray, " l"]
 ) -> tuple[Encoded, Float[Array, "l d"]]:
-    """A batch, and the empty sentence, through the codec and the text tower."""
+    """A batch, and the empty sentence, through the VAE and the text encoder."""
     text = model.encode_text(params, batch.ids)
-    # By itself: one sentence more than devices divide would scatter all of the text tower's work.
+    # By itself: one sentence more than devices divide would scatter all of the text encoder's work.
     null_text = model.encode_text(params, jnp.asarray(null_ids)[None, None])[0, 0]
     return Encoded(model.picture_moments(params, batch.images), text), null_text
 
@@ -241,8 +241,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, Array]]]:
     """The step that `jax.jit` compiles, for batches of `config.batch_size` stories.
 
-    Args: `null`, the empty sentence: its token ids or, for batches that are encoded, its features;
-    `placement`, where arrays lie, if not all on one device.
+    Args:
+        null: the empty sentence: its token ids or, for batches that are encoded, its features.
+        placement: where arrays lie, if not all on one device.
     """
     tx = optimizer(config.optimizer, config.steps)
     rate = learning_rate(config.optimizer, config.steps)
@@ -317,7 +318,7 @@ def make_validation(
     null_ids: Int[Array | np.ndarray, " l"],
     placement: Placement,
 ) -> Callable[[Parts, Parts, Batch], Float[Array, ""]]:
-    """The loss of trained and frozen parameters on a batch, with draws of the seed alone.
+    """The loss of trained and frozen parameters on a batch, with noise of the seed alone.
 
     Nothing is dropped.
     """

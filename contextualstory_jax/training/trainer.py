@@ -2,7 +2,7 @@
 
 A workdir is a checkpoint folder (`checkpoints/layout.py`) that also holds `config.json`,
 `parameters.txt`, `metrics.jsonl`, `tensorboard/` and `samples/`. Starting again in the same workdir
-goes on from its last checkpoint: the data's order and all randomness follow from the step.
+resumes from its last checkpoint: the data's order and all randomness follow from the step.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
-    """Train a recipe in a workdir, from where its last checkpoint is, and return the last state.
+    """Train a config in a workdir, from where its last checkpoint is, and return the last state.
 
-    In several processes all call it. Raises `UserError` for what the user can mend and
+    In several processes all call it. Raises `UserError` for what the user can fix and
     `NonFiniteLoss` where training diverges.
     """
     use_compilation_cache()
@@ -142,7 +142,7 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
 
 
 def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
-    """Raise `UserError` where the recipe fits no data, the devices or the tokenizer."""
+    """Raise `UserError` where the config fits no data, the devices or the tokenizer."""
     source = training_source(config.data, config.model.height)
     check_batch(config, mesh)
     vocab_size = config.model.text_encoder.vocab_size
@@ -180,9 +180,9 @@ def abstract_state(model: StoryModel, config: TrainConfig, placement: Placement)
 def start_state(
     abstract: TrainState, params: Parts | None, config: TrainConfig, checkpoints: Checkpoints
 ) -> TrainState:
-    """The state to go on from: that before the first step, or the last whole checkpoint's.
+    """The state to resume from: that before the first step, or the last intact checkpoint's.
 
-    `params` are used up. A checkpoint that is damaged is set aside, and told. Raises `UserError`
+    `params` are used up. A checkpoint that is damaged is set aside, and logged. Raises `UserError`
     where none is left, or they are of another model.
     """
     if params is not None:
@@ -200,8 +200,8 @@ def start_state(
         problem = all_succeed(restore, Damaged)
         if problem is None:
             return restored[0]
-        require(older is not None, f"{problem}; no older checkpoint is whole")
-        say(f"{problem}; going on from checkpoint {older}")
+        require(older is not None, f"{problem}; no older checkpoint is intact")
+        say(f"{problem}; resuming from checkpoint {older}")
         by_first(lambda step=step: checkpoints.set_aside(step))
         checkpoints.reload()
     raise AssertionError("without a checkpoint there are parameters to begin with")
@@ -231,7 +231,7 @@ def from_items(like: TrainState, items: dict[str, Any]) -> TrainState:
 
 
 def describe(config: TrainConfig, state: TrainState, workdir: Path) -> None:
-    """Write the recipe and the table of parameters; print how many there are.
+    """Write the config and the table of parameters; print how many there are.
 
     Raises `UserError` where the workdir cannot be written.
     """
@@ -281,7 +281,9 @@ def step_program(
 ) -> jax.stages.Wrapped:
     """The step of `make_train_step`: state donated and kept where it lies, metrics everywhere.
 
-    Args: `state`, or what `abstract_state` says of it; `null`, the empty sentence.
+    Args:
+        state: the state, or its `abstract_state`.
+        null: the empty sentence.
     """
     placed = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
@@ -313,7 +315,7 @@ def validation(
 
 
 def open_writer(config: TrainConfig, workdir: Path, first_step: int) -> ScalarWriter | NoWriter:
-    """What keeps the run's numbers: in the first process alone."""
+    """The run's metric writer: in the first process alone."""
     if not is_first():
         return NoWriter()
     return ScalarWriter(workdir, first_step, config.wandb_project)
@@ -356,9 +358,9 @@ def draw_samples(
     placement: Placement,
     state: TrainState,
 ) -> None:
-    """Draw held-out stories with the EMA weights; one row a story, the originals above.
+    """Generate held-out stories with the EMA weights; one row a story, the originals above.
 
-    All devices draw; the first process writes.
+    All devices generate; the first process writes.
     """
     stories = test_stories(config.data, config.model.height, config.sample_stories)
     step, continuation = int(state.step), model.config.unet.is_continuation
@@ -387,7 +389,7 @@ def storyflow_mean(state: TrainState) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run leaves behind, and what it asks on the way."""
+    """A run's outputs, and the functions it calls on the way."""
 
     config: TrainConfig
     workdir: Path
@@ -409,7 +411,7 @@ class Run:
 def loop(
     state: TrainState, train_step: Step, data: Iterator[Batch | Encoded], run: Run
 ) -> TrainState:
-    """Step until the recipe's end, SIGTERM or Ctrl-C; log, save, draw and profile on the way."""
+    """Step until the config's end, SIGTERM or Ctrl-C; log, save, sample, profile."""
     config, first, stopped = run.config, int(state.step), False
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     data = WaitMeter(data)

@@ -116,7 +116,8 @@ def test_a_storyflow_mean_that_cannot_be_written_leaves_the_one_that_was(tmp_pat
 
 
 def test_a_folder_without_checkpoints_has_no_storyflow_mean(tmp_path):
-    with pytest.raises(UserError, match="has no whole checkpoint yet; train it, or name another$"):
+    message = "has no complete checkpoint yet; train it, or name another$"
+    with pytest.raises(UserError, match=message):
         write_storyflow(tmp_path, [2.0] * 4)
 
 
@@ -186,7 +187,7 @@ def test_only_names_that_may_be_lacking_are(tmp_path):
     found, _ = load_weights(tmp_path, None, more, may_lack=r"tempo_attns\..*")
 
     assert_same(found, params())
-    with pytest.raises(UserError, match="lacks 1 parameters: unet.tempo_attns.0.alpha"):
+    with pytest.raises(UserError, match="is missing 1 parameters: unet.tempo_attns.0.alpha"):
         load_weights(tmp_path, None, more, may_lack=r"conv3ds\..*")
 
 
@@ -199,7 +200,7 @@ def test_parameters_of_another_model_are_named(tmp_path):
 
     with pytest.raises(UserError, match=r"unet/down_blocks.10.alpha is .*expected \(\(7,\)"):
         load_weights(tmp_path, "raw", wider)
-    with pytest.raises(UserError, match="lacks 1 parameters: unet.conv_in.kernel"):
+    with pytest.raises(UserError, match="is missing 1 parameters: unet.conv_in.kernel"):
         load_weights(tmp_path, "raw", more)
     with pytest.raises(UserError, match="unet/down_blocks.10.alpha is not of this model"):
         load_weights(tmp_path, "raw", fewer)
@@ -272,7 +273,7 @@ def test_a_checkpoint_whose_writing_was_interrupted_does_not_count(tmp_path):
 
     assert_same(load_weights(tmp_path, "raw", shapes(params()))[0], params(1))
     shutil.rmtree(checkpoints / "1")
-    with pytest.raises(UserError, match="no whole checkpoint yet"):
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
         load_weights(tmp_path, "raw", shapes(params()))
 
 
@@ -319,7 +320,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         ),
         (
             lambda f: change_model(f, lambda d: d["model"]["unet"].update(layers_per_block=2)),
-            "lacks .* parameters",
+            "is missing .* parameters",
         ),
         (
             lambda f: change_model(f, lambda d: d["model"]["text_encoder"].update(vocab_size=500)),

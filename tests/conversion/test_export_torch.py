@@ -123,7 +123,7 @@ def test_published_json_is_written_for_the_published_model():
 
 
 def test_a_codec_without_weights_has_no_place_in_the_layout(tiny_checkpoint, tmp_path):
-    with pytest.raises(UserError, match="the released layout has no space_to_depth codec"):
+    with pytest.raises(UserError, match="the released layout has no space_to_depth image codec"):
         export_released(tiny_checkpoint, tmp_path / "out")
 
     assert not list(tmp_path.iterdir())

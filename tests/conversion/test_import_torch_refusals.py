@@ -153,12 +153,12 @@ VAE = WEIGHT_FILES["vae"]
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: rewrite(f / VAE, lambda d: d[:-100]), "vae.*no whole safetensors file: it has"),
+        (lambda f: rewrite(f / VAE, lambda d: d[:-100]), "vae.*no intact safetensors file: it has"),
         (lambda f: rewrite(f / VAE, lambda d: d[:200]), "ends before its header does"),
         (lambda f: rewrite(f / VAE, lambda d: b""), "ends before its header does"),
         (lambda f: rewrite(f / VAE, lambda d: d + b"more"), "its header speaks of"),
         (lambda f: rewrite(f / VAE, lambda d: b"\xff" * 8 + d[8:]), "ends before its header"),
-        (lambda f: rewrite(f / VAE, lambda d: d[:8] + b"x" + d[9:]), "no whole safetensors file"),
+        (lambda f: rewrite(f / VAE, lambda d: d[:8] + b"x" + d[9:]), "no intact safetensors file"),
         (lambda f: rewrite(f / VAE, lambda d: with_header(d, shift_offsets)), "offsets of .* do"),
         (lambda f: rewrite(f / VAE, lambda d: with_header(d, overlap)), "offsets of .* do not fit"),
         (
@@ -174,7 +174,7 @@ VAE = WEIGHT_FILES["vae"]
             "dtype X is none of F64, F32",
         ),
         (lambda f: (f / VAE).unlink(), "vae holds no weights: .*safetensors or .*bin is missing"),
-        (lambda f: shutil.rmtree(f / "vae"), "source has no vae; give a whole pipeline folder"),
+        (lambda f: shutil.rmtree(f / "vae"), "source has no vae; give a complete pipeline folder"),
         (lambda f: shutil.rmtree(f / "tokenizer"), "source has no tokenizer"),
         (lambda f: (f / "vae/config.json").unlink(), "vae/config.json is missing"),
         (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json is no JSON"),

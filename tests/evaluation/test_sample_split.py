@@ -223,7 +223,7 @@ def paint(painter, folder, stories=STORIES, source=SOURCE, **settings):
 def test_the_setting_that_is_another_is_named(painter, tmp_path, change, reason):
     paint(painter, tmp_path)
 
-    with pytest.raises(UserError, match=re.escape(f"holds stories drawn with {reason}")):
+    with pytest.raises(UserError, match=re.escape(f"holds stories generated with {reason}")):
         Gallery(tmp_path, SETTINGS | change).check()
 
 

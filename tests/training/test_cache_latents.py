@@ -247,23 +247,23 @@ def with_model(recipe: TrainConfig, **changes: Any) -> TrainConfig:
     [
         (
             lambda r: dataclasses.replace(r, trainable=(r"unet\..*", r"text_encoder\..*")),
-            "data.latents keeps what frozen networks make, and the recipe trains text_enc",
+            "data.latents keeps what frozen networks make, and the config trains text_enc",
         ),
         (
             lambda r: dataclasses.replace(r, trainable=(r"vae\.encoder\..*",)),
-            "data.latents keeps what frozen networks make, and the recipe trains vae.encoder.",
+            "data.latents keeps what frozen networks make, and the config trains vae.encoder.",
         ),
         (
             lambda r: with_model(r, height=32, width=32),
-            "was made with model.height = 16, and the recipe says 32; train with",
+            "was made with model.height = 16, and the config says 32; train with",
         ),
         (
             lambda r: dataclasses.replace(r, compute_dtype="bfloat16"),
-            "made with compute_dtype = 'float32', and the recipe says 'bfloat16'",
+            "made with compute_dtype = 'float32', and the config says 'bfloat16'",
         ),
         (
             lambda r: with_data(r, split_policy="strict"),
-            "made with data.split_policy = 'published', and the recipe says 'strict'",
+            "made with data.split_policy = 'published', and the config says 'strict'",
         ),
         (lambda r: with_data(r, name="folder"), "with data.name = 'flintstones', .* says 'folder'"),
         (lambda r: with_data(r, latents="lost"), "lost holds no latent cache: cache.json is miss"),

@@ -403,7 +403,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
     state = train_and_evaluate(recipe, workdir)
 
     printed = capsys.readouterr().out
-    assert "checkpoint 4 of " in printed and "; going on from checkpoint 2" in printed
+    assert "checkpoint 4 of " in printed and "; resuming from checkpoint 2" in printed
     line = f"training in {workdir} on 1 x cpu, float32; resuming from step 2 of 4"
     assert line in printed.splitlines()
     assert "compiling the training step (about " in printed
@@ -417,7 +417,7 @@ def test_where_every_checkpoint_is_damaged_nothing_begins_anew(whole, recipe, tm
     for step in ("2", "4"):
         spoil(workdir / "checkpoints" / step)
 
-    with pytest.raises(UserError, match="checkpoint 2 of .*; no older checkpoint is whole"):
+    with pytest.raises(UserError, match="checkpoint 2 of .*; no older checkpoint is intact"):
         train_and_evaluate(recipe, workdir)
 
 

@@ -1,9 +1,9 @@
-"""Are the right characters in the picture, and is it the right scene?
+"""Character and scene accuracy of generated frames.
 
 Characters are counted over all frames together (micro average): precision and recall of
 (frame, character) pairs, their harmonic mean F1, and the share of frames whose set of characters is
-exactly right. Intervals come from resampling whole stories, because the frames of one story share
-characters and scene and so are not independent.
+exactly right. Intervals come from resampling complete stories, because the frames of one story
+share characters and scene and so are not independent.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ METRICS = (
 )
 SUBSETS = (
     "all",
-    "needs_context",  # frames whose own sentence does not tell who is there, or where
+    "needs_context",  # frames whose own sentence does not say who is there, or where
 )
 
 
 class Outcome(NamedTuple):
-    """What one frame shows beside what it should show."""
+    """The contents of one frame beside its labels."""
 
     story: str
     shown: Set[str]
@@ -69,7 +69,7 @@ class CharacterMetrics:
         """
         counts = np.stack(list(self._counts.values()))
         stories = len(counts)
-        # How often each story is drawn, in each resample of as many stories as there are.
+        # How often each story is sampled, in each resample of as many stories as there are.
         drawn = np.random.default_rng(0).multinomial(
             stories, np.full(stories, 1 / stories), size=RESAMPLES
         )
