@@ -17,7 +17,7 @@ help: ## list the targets
 
 venv: .venv/installed-test ## make .venv with the package and what its tests need
 
-demo: .venv/installed-test ## draw held-out stories, train a model for minutes, write demo/
+demo: .venv/installed-test ## generate held-out stories, train a model for minutes, write demo/
 	$(VENV) scripts/demo.py --out demo
 
 test: .venv/installed-test ## run the tests (minutes, no network)

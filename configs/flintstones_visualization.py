@@ -1,10 +1,10 @@
-r"""The published recipe on FlintstonesSV: five sentences in, five pictures out.
+r"""The published recipe on FlintstonesSV: five sentences in, five images out.
 
     contextualstory-jax train --config flintstones_visualization \
         --config.data.root=DIR --workdir run
 
 Source: the original's `configs/visualization/training_contextualstory_sv_flintstones.yaml`, which
-is the PororoSV recipe (see there for the rest) for twice the steps without accumulation.
+is the PororoSV config (see there for the rest) with twice the steps without accumulation.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from configs.pororo_visualization import get_config as pororo
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Build the config."""
     config = pororo()
     config.data.name = "flintstones"
     config.steps = 80_000

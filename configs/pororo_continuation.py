@@ -1,10 +1,10 @@
-r"""The published recipe on PororoSV for continuation: a first picture and five sentences in.
+r"""The published recipe on PororoSV for continuation: one image and five sentences in.
 
     contextualstory-jax train --config pororo_continuation \
         --config.data.root=DIR --workdir run
 
 Source: the original's `configs/continuation/training_contextualstory_sc_pororo.yaml`, which is the
-visualization recipe (see there for the rest) but for the first frame.
+visualization config (see there for the rest) except for the first frame.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from configs.pororo_visualization import get_config as visualization
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Build the config."""
     config = visualization()
     config.model = {"unet": {"first_frame_condition_mode": "conv2d"}}
     return config

@@ -1,4 +1,4 @@
-"""The embedded stories: the whole method at a size that a laptop trains, with nothing to download.
+"""Synthetic dataset: the complete method at a size that a laptop trains, nothing to download.
 
     contextualstory-jax train --config shapes --workdir runs/shapes
 
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Build the config."""
     size, patch, text_width = 32, 8, 64
     return ConfigDict(
         {
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
             "steps": 4000,
             "batch_size": 16,  # stories
             "compute_dtype": "float32",
-            "trainable": (r"unet\..*", r"text_encoder\..*"),  # the text tower learns with the UNet
+            "trainable": (r"unet\..*", r"text_encoder\..*"),  # the text encoder is trained too
             "snr_gamma": None,
             "log_every": 20,  # steps
             "checkpoint_every": 250,  # steps

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe
 from contextualstory_jax.config.train_config import DataConfig
-from contextualstory_jax.distributed.multihost import add_arguments, connect, say
+from contextualstory_jax.distributed.multihost import add_arguments, connect, is_first, say
 from contextualstory_jax.utils.cli import ArgumentParser, run
 from contextualstory_jax.utils.errors import require
 
@@ -69,7 +69,6 @@ def main(
     """Run the command. Raises `UserError` for bad input."""
     arguments, data = parse(argv, prog)
     connect(arguments)
-
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.
     import jax
     from tqdm import tqdm
@@ -93,7 +92,6 @@ def main(
     if measured:
         require_readable(config.height, config.width)
         models["untrained"], rows["untrained"] = untrained(pipeline), "untrained"
-
     source = held_out_source(data, config.height)
     for note in story_notes(source, pipeline.tokenizer.truncation_note):
         say(note)
@@ -106,24 +104,16 @@ def main(
     settings = describe(arguments, data, pipeline, source.split, count, measured)
     gallery = Gallery(arguments.out, settings)
     gallery.check()
-    first = jax.process_index() == 0
+    how = {"seed": arguments.seed, "batch_size": arguments.batch_size}
     with tqdm(
         total=len(stories[jax.process_index() :: jax.process_count()]),
         unit="story",
         dynamic_ncols=True,
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
-        disable=not first,
+        disable=not is_first(),
     ) as bar:
-        draw_split(
-            models,
-            source,
-            stories,
-            gallery,
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            progress=bar.update,
-        )
-    if not first:
+        draw_split(models, source, stories, gallery, **how, progress=bar.update)
+    if not is_first():
         return
     gallery.write_settings()
     if measured:

@@ -7,9 +7,9 @@ import dataclasses
 import importlib.metadata
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +29,10 @@ from contextualstory_jax.utils.cli import ArgumentParser, run
 from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.files import check_file
 from contextualstory_jax.utils.interruption import check
+
+if TYPE_CHECKING:
+    from contextualstory_jax.sampling.arguments import Story
+    from contextualstory_jax.sampling.sample import Drawing
 
 PRINTED_STORIES = 8  # whose paths are printed
 
@@ -150,12 +154,7 @@ def main(
     if arguments.save_latents:
         check_writable(arguments.save_latents.parent)
     # JAX takes seconds to import, and neither --help nor a mistake need wait for it.
-    from contextualstory_jax.sampling.arguments import (
-        Story,
-        check_stories,
-        read_first_frame,
-        read_size,
-    )
+    from contextualstory_jax.sampling.arguments import check_stories, read_size
     from contextualstory_jax.sampling.pipeline import StoryPipeline
     from contextualstory_jax.sampling.pretrained import find_checkpoint
 
@@ -164,10 +163,7 @@ def main(
     config = pipeline.model.config
     size = height, width = read_size(config, arguments.height, arguments.width)
     fitted = None if arguments.camera_motion else size
-    stories = []
-    for text in texts:
-        image = text.first_frame and read_first_frame("first frame", text.first_frame, fitted)
-        stories.append(Story(text.sentences, text.id, image))
+    stories = with_frames(texts, fitted)
     check_stories(stories, config.unet, fitted)
     warn_of_unknown_words(checkpoint, texts)
     if note := pipeline.tokenizer.truncation_note(s for text in texts for s in text.sentences):
@@ -187,14 +183,54 @@ def main(
         frameinit=frameinit,
         camera_motion=arguments.camera_motion,
     )
+    latents = write_batches(drawings, texts, arguments)
+    if arguments.save_latents:
+        write_latents(arguments.save_latents, np.concatenate(latents))
+    settings = {
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "storyflow": arguments.storyflow or pipeline.storyflow.tolist(),
+        "frameinit": frameinit and dataclasses.asdict(frameinit),
+        "weights": pipeline.weights,
+    }
+    settings = dataclasses.asdict(override(config.sampling, arguments)) | settings
+    source = {"path": str(checkpoint), "step": pipeline.step}
+    write_summary(arguments, texts, source, settings)
+    print_paths(arguments.out, texts)
+
+
+def print_paths(out: Path, texts: Sequence[StoryText]) -> None:
+    """Print where the first stories are, and how many there are."""
+    for text in texts[:PRINTED_STORIES]:
+        folder = out / folder_name(text.id)
+        print(f"{folder / 'grid.png'}  {folder / 'story.gif'}")
+    print(f"{len(texts)} {'story' if len(texts) == 1 else 'stories'} in {out}")
+
+
+def with_frames(texts: Sequence[StoryText], size: tuple[int, int] | None) -> list[Story]:
+    """Read first frames, cropped and scaled to a size if there is one."""
+    from contextualstory_jax.sampling.arguments import Story, read_first_frame
+
+    frames = (
+        text.first_frame and read_first_frame("first frame", text.first_frame, size)
+        for text in texts
+    )
+    return [Story(t.sentences, t.id, frame) for t, frame in zip(texts, frames, strict=True)]
+
+
+def write_batches(
+    drawings: Iterable[Drawing], texts: Sequence[StoryText], arguments: argparse.Namespace
+) -> list[np.ndarray]:
+    """Write each batch of stories before the next is generated; returns the latents to save."""
     waiting, latents = iter(texts), []
     with tqdm(
-        total=len(stories),
+        total=len(texts),
         unit="story",
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
-        disable=len(stories) <= arguments.batch_size,
+        disable=len(texts) <= arguments.batch_size,
     ) as bar:
-        for drawing in drawings:  # each batch is written before the next is generated
+        for drawing in drawings:
             for pictures, text in zip(drawing.pictures, waiting, strict=False):
                 folder = arguments.out / folder_name(text.id)
                 captions = not arguments.no_captions
@@ -203,36 +239,32 @@ def main(
             if arguments.save_latents:
                 latents.append(drawing.latents)
             check()
-    if arguments.save_latents:
-        write_latents(arguments.save_latents, np.concatenate(latents))
+    return latents
+
+
+def write_summary(
+    arguments: argparse.Namespace,
+    texts: Sequence[StoryText],
+    checkpoint: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Write `stories.json`: the stories, and all that decides their images."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
     write_json(
         arguments.out / "stories.json",
         {
-            "checkpoint": {"path": str(checkpoint), "step": pipeline.step},
-            "versions": {
-                "contextualstory_jax": __version__,
-                **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
-            },
+            "checkpoint": checkpoint,
+            "versions": {"contextualstory_jax": __version__, **versions},
             "seed": arguments.seed,
             "settings": {
-                **dataclasses.asdict(override(config.sampling, arguments)),
-                "negative_prompt": negative_prompt,
-                "height": height,
-                "width": width,
-                "storyflow": arguments.storyflow or pipeline.storyflow.tolist(),
-                "frameinit": frameinit and dataclasses.asdict(frameinit),
+                **settings,
                 "camera_motion": arguments.camera_motion,
-                "weights": pipeline.weights,
                 "dtype": arguments.dtype,
                 "initial_latents": arguments.initial_latents and str(arguments.initial_latents),
             },
             "stories": [describe(text) for text in texts],
         },
     )
-    for text in texts[:PRINTED_STORIES]:
-        folder = arguments.out / folder_name(text.id)
-        print(f"{folder / 'grid.png'}  {folder / 'story.gif'}")
-    print(f"{len(texts)} {'story' if len(texts) == 1 else 'stories'} in {arguments.out}")
 
 
 def print_about(checkpoint: str | None) -> None:

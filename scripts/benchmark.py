@@ -41,7 +41,7 @@ VARIANTS = ("eager", "compile", "strongest")  # of the original
 
 
 class Report:
-    """A table that is printed line by line, and a JSON file that is whole at any time."""
+    """A table that is printed line by line, and a JSON file that is complete at any time."""
 
     def __init__(self, path: Path | None, about: dict[str, Any]):
         self.path, self.values = path, {**about, "rows": []}
@@ -80,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command's arguments, and what they change in the recipe."""
+    """The command's arguments, and their overrides of the config."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     recipe = ROOT / "configs" / "pororo_visualization.py"
     parser.add_argument("--suite", choices=PARTS, help="by default that of the device")
-    parser.add_argument("--config", default=str(recipe), metavar="RECIPE", help="its model")
+    parser.add_argument("--config", default=str(recipe), metavar="CONFIG", help="its model")
     parser.add_argument("--only", nargs="+", metavar="PART", help="some of the suite")
     parser.add_argument("--rounds", type=int, metavar="N", help="to take turns in: 3 (CPU) or 10")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all values")
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        help="of the original: as it is, by torch.compile, and mended, in channels_last and with "
+        help="of the original: as it is, by torch.compile, and fixed, in channels_last and with "
         "max-autotune; on a CPU the first alone by default",
     )
     parser.add_argument(
@@ -138,7 +138,7 @@ def compile_for_chips(
     programs = [(chip, p) for chip in arguments.chip or tpu.CHIPS for p in arguments.only]
     for i, (chip, program) in enumerate(programs):
         found = tpu.compile_for(chip, program, arguments.config, overrides, quick=arguments.quick)
-        if i == 0:  # so that bad input is told without a table
+        if i == 0:  # so that bad input is reported without a table
             about = {"config": arguments.config, "quick": arguments.quick, **tpu.versions()}
             report.head(tpu.COLUMNS, **about)
         report.line(tpu.cells(found), found)

@@ -2,8 +2,8 @@
 
     python scripts/benchmark_checkpoint.py --config configs/pororo_visualization.py --folder DIR
 
-Saves the recipe's whole state, with random numbers for weights, from the mesh that training in one
-process would have, and restores it. Training waits while the state is copied off the devices;
+Saves the config's complete state, with random weights, from the mesh that training in one process
+would have, and restores it. Training waits while the state is copied off the devices;
 meanwhile it is written to the disk of DIR, which should have done so before the next checkpoint.
 What is written is deleted. On a CPU it needs memory for the state twice.
 """
@@ -28,7 +28,7 @@ from contextualstory_jax.config.config_files import load_recipe
 from contextualstory_jax.distributed.multihost import say
 from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
-from contextualstory_jax.training.trainer import abstract_state, to_items
+from contextualstory_jax.training.start_state import abstract_state, to_items
 from contextualstory_jax.utils.cli import ArgumentParser, run
 from contextualstory_jax.utils.errors import require
 
@@ -46,10 +46,10 @@ def random_array(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Raises `UserError` where the recipe does not fit the devices or the disk."""
+    """Run the command. Raises `UserError` where the config does not fit the devices or the disk."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config", required=True, metavar="RECIPE")
+    parser.add_argument("--config", required=True, metavar="CONFIG")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
     arguments, overrides = parser.parse_with_overrides(argv)
     writable = arguments.folder.is_dir() and os.access(arguments.folder, os.W_OK)

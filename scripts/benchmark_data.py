@@ -1,10 +1,10 @@
-"""Measure preparing and reading stories against Pillow alone, on the same pictures.
+"""Measure preparing and reading stories against Pillow alone, on the same images.
 
     python scripts/benchmark_data.py
 
-Rates are pictures a second of one core's time, so that other work on the machine counts little:
+Rates are images a second of one core's time, so that other work on the machine counts little:
 each is the median of some rounds, in which all take turns. Targets: preparing and reading at three
-quarters of what Pillow alone decodes and resizes, and reading at 350 pictures a second on two
+quarters of what Pillow alone decodes and resizes, and reading at 350 images a second on two
 cores. Preparing also writes what it makes, and what a kernel takes to find room for a new file's
 pages differs much between machines: the second line says what Pillow and one plain file take here.
 """
@@ -45,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         encodings = measure_encodings(root, paths[:40], arguments.size)
     print(f"{len(paths)} PNGs of {arguments.picture} pixels a side, brought to {arguments.size}\n")
     for name, rate in rates.items():
-        print(
-            f"{name:34}{rate:8.0f} pictures/s a core {rate / rates['Pillow alone']:8.2f} of Pillow"
-        )
-    print(f"\n{'a picture in a shard, as':34}{'KiB':>8}{'write ms':>12}{'read ms':>12}")
+        print(f"{name:34}{rate:8.0f} images/s a core {rate / rates['Pillow alone']:8.2f} of Pillow")
+    print(f"\n{'an image in a shard, as':34}{'KiB':>8}{'write ms':>12}{'read ms':>12}")
     for name, (size, write, read) in encodings.items():
         print(f"{name:34}{size:8.0f}{write:12.2f}{read:12.2f}")
 
@@ -68,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def write_stories(root: Path, count: int, size: int) -> list[Path]:
-    """A folder of stories whose pictures are as busy as a cartoon's, and their paths."""
+    """A folder of stories whose images are as busy as a cartoon's, and their paths."""
     root.mkdir()
     rng = np.random.default_rng(0)
     light = 1 + 0.15 * np.outer(np.sin(np.linspace(0, 6, size)), np.cos(np.linspace(0, 5, size)))
@@ -89,7 +87,7 @@ def write_stories(root: Path, count: int, size: int) -> list[Path]:
 
 
 def measure(root: Path, paths: list[Path], size: int, rounds: int) -> dict[str, float]:
-    """Pictures a second of processor time, by what is done with them."""
+    """Images a second of processor time, by what is done with them."""
     from contextualstory_jax.data.loader import batches, open_stories
     from contextualstory_jax.data.preparation import prepare
 
@@ -143,7 +141,7 @@ def measure(root: Path, paths: list[Path], size: int, rounds: int) -> dict[str, 
 def measure_encodings(
     root: Path, paths: list[Path], size: int
 ) -> dict[str, tuple[float, float, float]]:
-    """KiB a picture, and milliseconds to write and to read one, by encoding."""
+    """KiB an image, and milliseconds to write and to read one, by encoding."""
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
     pictures = []

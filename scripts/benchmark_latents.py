@@ -33,12 +33,12 @@ from contextualstory_jax.data.latent_cache import (
 from contextualstory_jax.data.loader import read_batches
 from contextualstory_jax.data.story_source import StoryRecord, StorySource, numbered
 
-MOMENTS = (2, 32, 32, 4)  # of a picture of 256 x 256: mean and log of variance
-TEXTS = {"published": (77, 1024), "embedded stories": (16, 64)}  # tokens and features
+MOMENTS = (2, 32, 32, 4)  # of an image of 256 x 256: mean and log of variance
+TEXTS = {"published": (77, 1024), "synthetic stories": (16, 64)}  # tokens and features
 
 
 class MadeUpStories(StorySource):
-    """Stories of which each begins one frame after the one before; no pictures."""
+    """Stories of which each begins one frame after the one before; no images."""
 
     counts = {}
 
@@ -89,7 +89,7 @@ def made_up_cache(folder: Path, stories: int, text: tuple[int, int], dtype: str)
 def stories_per_second(
     stories: EncodedStories, batch_size: int, seconds: float
 ) -> tuple[float, float]:
-    """How many stories training's reader gives, in its random order, and in one core's time."""
+    """Stories a second of training's reader, in its random order, and of one core's time."""
     batches = read_batches(stories.read, len(stories), batch_size, seed=0)
     for _ in range(5):  # which are read ahead
         next(batches)

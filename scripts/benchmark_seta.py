@@ -57,7 +57,7 @@ def neighbours(x: jax.Array) -> list[jax.Array]:
 
 
 def seen() -> np.ndarray:
-    """Which frames' shifted maps a query's frame sees: (frames, shifts, frames)."""
+    """Mask of the frames' shifted maps that a query's frame sees: (frames, shifts, frames)."""
     frame, shift, other = np.indices((FRAMES, len(SHIFTS), FRAMES))
     return (frame != other) | (shift == 4)
 
@@ -90,7 +90,7 @@ def shifts(q: jax.Array, k: jax.Array, v: jax.Array, own: None = None) -> jax.Ar
 
 @functools.cache
 def multiplicity(height: int, width: int) -> np.ndarray:
-    """How often each query's token sees each token: (f h w, f h w)."""
+    """Count of how often each query's token sees each token: (f h w, f h w)."""
     rows, columns = np.indices((height, width)).reshape(2, -1)
     counts = np.zeros((FRAMES, height * width, FRAMES, height * width), np.float32)
     for i, (y, x) in enumerate(SHIFTS):

@@ -1,4 +1,4 @@
-"""Write the tokenizer of the embedded stories: CLIP's file format, with a vocabulary of their own.
+"""Write the tokenizer of the synthetic dataset: CLIP's file format, with its own vocabulary.
 
 Every word of the stories is one token; other English text falls back to letters, digits and marks.
 As in SD-2.1's tokenizer the pad token is "!", with id 0. Run after changing a word of the stories:

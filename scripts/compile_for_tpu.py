@@ -1,4 +1,4 @@
-"""Compile a recipe's training step, or drawing, for a TPU slice or GPUs that are not there.
+"""Compile a config's training step, or generation, for a TPU slice or GPUs that are not there.
 
     python scripts/compile_for_tpu.py --config configs/pororo_visualization.py --topology v5e:4x4 \
         --config.batch_size=96 --config.accumulation_steps=1 --config.mesh.data=1 \
@@ -7,7 +7,7 @@
 Prints one line of JSON (docs/scaling.md says how to read it) and exits with 0 if the program fits
 the chips' memory, with 1 if not. Neither weights nor data need be there. Needs the extra [tpu] or,
 for `--topology h100` or eight of them, `h100:8`, the extra [gpu].
-On two cores training of a published recipe takes ten minutes and up to 18 GB with `--quick`, more
+On two cores training of a published config takes ten minutes and up to 18 GB with `--quick`, more
 than half an hour and 19 GB without.
 """
 
@@ -32,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for what does not fit the slice but for its memory."""
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config", required=True, metavar="RECIPE")
+    parser.add_argument("--config", required=True, metavar="CONFIG")
     parser.add_argument(
         "--topology", required=True, help="v5e:4x4, v4:2x2x2, v5p:4x4x4, v6e:16x16, h100, h100:8"
     )
     parser.add_argument(
         "--sampler",
         action="store_true",
-        help="compile drawing: --config.batch_size stories at once, by default one a chip",
+        help="compile generation: --config.batch_size stories at once, by default one a chip",
     )
     parser.add_argument(
         "--quick",

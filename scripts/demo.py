@@ -1,7 +1,7 @@
-"""Draws held-out stories with the model that ships, trains another for minutes, compares them.
+"""Generate held-out stories with the model that ships, train another for minutes, compare them.
 
 Writes OUT/storybook.html, a page to open in a browser, and OUT/training, the training run's
-workdir, which a second run of the demo begins anew.
+workdir, which a second run of the demo starts again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from contextualstory_jax.utils.cli import ArgumentParser, run
 from contextualstory_jax.utils.errors import require
 
 RECIPE = Path(__file__).parents[1] / "configs" / "shapes.py"
-# The recipe is for an hour or two; in minutes there is no time for a schedule, a long average, or
-# checkpoints and samples before the last. As many samples as `evaluate` draws at once: that program
+# The config is for an hour or two; in minutes there is no time for a schedule, a long average, or
+# checkpoints and samples before the last. As many samples as `evaluate` makes at once: that program
 # is compiled already.
 SHORT = (
     "optimizer.schedule=constant",
@@ -41,7 +41,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR")
     parser.add_argument("--train-minutes", type=float, default=3.0, metavar="M")
-    parser.add_argument("--stories", type=int, default=16, metavar="N", help="to draw and measure")
+    parser.add_argument("--stories", type=int, default=16, metavar="N", help="to generate, measure")
     arguments = parser.parse_args()
     out, workdir = arguments.out, arguments.out / "training"
     require(arguments.stories >= 1, f"--stories must be at least 1; got {arguments.stories}")
@@ -56,7 +56,7 @@ def main() -> None:
     )
     use_compilation_cache()
 
-    print("1/3 drawing stories that no model was trained on", flush=True)
+    print("1/3 generating stories that no model was trained on", flush=True)
     shipped = StoryPipeline.load()
     stories = test_stories(load_recipe(RECIPE).data, shipped.model.config.height, arguments.stories)
 
@@ -76,7 +76,7 @@ def main() -> None:
     shutil.rmtree(workdir, ignore_errors=True)
     state = train_and_evaluate(load_recipe(RECIPE, overrides), workdir)
 
-    print("\n3/3 drawing the same stories with it", flush=True)
+    print("\n3/3 generating the same stories with it", flush=True)
     results |= measure({"trained just now": StoryPipeline.load(workdir)})
     rows = ("originals", "shipped", "trained just now", "untrained")
     results = {row: results[row] for row in rows}

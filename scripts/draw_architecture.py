@@ -1,4 +1,4 @@
-"""Write the picture and the table of docs/architecture.md from the package's imports.
+"""Write the diagram and the table of docs/architecture.md from the package's imports.
 
 python scripts/draw_architecture.py           # writes them
 python scripts/draw_architecture.py --check   # status 1 where they differ from the imports
@@ -15,16 +15,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "contextualstory_jax"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- rooms: scripts/draw_architecture.py -->\n", "<!-- end of rooms -->\n"
-COMMANDS = "commands"  # the modules at the package's top stand with the subcommands
+COMMANDS = "commands"  # the modules at the package's top belong with the subcommands
 
 
 def room_of(path: Path) -> str:
-    """The room of a source file, by its path below the package."""
+    """The folder of a source file, by its path below the package."""
     return path.parts[0] if len(path.parts) > 1 else COMMANDS
 
 
 def room_imports(package: Path) -> dict[str, set[str]]:
-    """The rooms that each room imports, inside functions too."""
+    """The folders that each folder imports, inside functions too."""
     imports: dict[str, set[str]] = {}
     for path in package.rglob("*.py"):
         here = room_of(path.relative_to(package))
@@ -37,7 +37,7 @@ def room_imports(package: Path) -> dict[str, set[str]]:
 
 
 def floors(imports: dict[str, set[str]]) -> list[list[str]]:
-    """The rooms from the top down: each imports only rooms of later lists."""
+    """The folders from the top down: each imports only folders of later lists."""
     height: dict[str, int] = {}
 
     def measure(room: str) -> int:
@@ -54,7 +54,7 @@ def floors(imports: dict[str, set[str]]) -> list[list[str]]:
 
 
 def direct(imports: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """The arrows of the picture: without those that follow from others."""
+    """The arrows of the diagram: without those that follow from others."""
 
     def reached(room: str) -> set[str]:
         return imports[room].union(*(reached(below) for below in imports[room]))
@@ -68,13 +68,13 @@ def direct(imports: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 
 def first_line(package: Path, room: str) -> str:
-    """What a room holds: the first line of its docstring."""
+    """First line of a folder's docstring."""
     docstring = ast.get_docstring(ast.parse((package / room / "__init__.py").read_text()))
     return (docstring or "").split("\n")[0].rstrip(".")
 
 
 def draw(package: Path) -> str:
-    """The Mermaid picture and the table, as Markdown."""
+    """The Mermaid diagram and the table, as Markdown."""
     imports = room_imports(package)
     arrows = [f"    {room} --> {below}" for room, below in direct(imports)]
     rows = [

@@ -6,7 +6,7 @@
 #
 # Everything is printed, and benchmark.json lies in $OUT. From the environment:
 #
-#     WHEELS      a folder of wheels that the machine's Python lacks; they are unpacked into $OUT
+#     WHEELS      a folder of wheels missing in the machine's Python; they are unpacked into $OUT
 #     PYTHON      the machine's Python, with JAX for its GPU (python3)
 #     OUT         a folder (gpu_check)
 #     LIMIT       seconds for everything (600)

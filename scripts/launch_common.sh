@@ -4,7 +4,7 @@
 dry_run=""
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Bad input, as everywhere in this project: one line that names the thing and the mend, status 2.
+# Bad input, as everywhere in this project: one line that names the thing and the fix, status 2.
 fail() {
     printf 'error: %s\n' "$*" >&2
     exit 2
@@ -22,7 +22,7 @@ run() {
     if [[ $dry_run ]]; then quoted "$@"; else "$@"; fi
 }
 
-# COMMAND MEND: that what is to be run is installed, which a dry run does not need.
+# COMMAND FIX: that what is to be run is installed, which a dry run does not need.
 require_command() {
     [[ $dry_run ]] || command -v "$1" >/dev/null || fail "$1 is not installed; $2"
 }

@@ -10,7 +10,7 @@ usage: scripts/launch_gke.sh --cluster CLUSTER --workload NAME --tpu-type TYPE [
 
 Train on a GKE cluster made with xpk: submit a workload that runs
 `python -m contextualstory_jax.train` on all machines of a slice with what follows `--`. xpk builds
-its image of this checkout. A workload that is preempted starts again and goes on from its last
+its image of this checkout. A workload that is preempted starts again and resumes from its last
 checkpoint; so does a new one with the same workdir.
 
 The workdir, the data and what training starts from must be paths that all machines see: a storage

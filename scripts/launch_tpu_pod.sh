@@ -11,7 +11,7 @@ usage: scripts/launch_tpu_pod.sh --name NAME --zone ZONE --accelerator-type TYPE
 Train on a Cloud TPU slice: ask for it where it is not there, send this checkout to all its
 workers, install it, and run `python -m contextualstory_jax.train` on all with what follows `--`.
 Ctrl-C or a lost connection ends the watching, not the training; the same command again stops it
-(it saves), and goes on from its last checkpoint, in a new slice where the old was preempted.
+(it saves), and resumes from its last checkpoint, in a new slice where the old was preempted.
 
 The workdir, the data and what training starts from must be paths that all workers see: give
 --bucket, or mount a file system of yours with --setup.
@@ -87,7 +87,7 @@ on_all() {
     run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=all "--command=$1"
 }
 
-# A slice that was preempted, or never came, is asked for anew.
+# A slice that was preempted, or never came, is requested again.
 have_slice() {
     local now
     now=$(state)

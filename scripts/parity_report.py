@@ -6,12 +6,12 @@ Two Markdown tables of relative errors (L2 norms), in float32 and in bfloat16, o
 JAX chooses:
 
 1. The cases in DIR against what the original computed in float32 on a CPU. Modules and UNets have
-   the cases' own weights. A pipeline case (DIR/NAME/case.json) is drawn with CHECKPOINT's where it
+   the cases' own weights. A pipeline case (DIR/NAME/case.json) uses CHECKPOINT's where it
    was converted from a folder of the same configuration, which DIR/NAME/checkpoint is the shell of.
    Cases of training are left to the tests: bfloat16 does not suit them.
 2. CHECKPOINT's own modules, whatever trained or converted model it is, against the same in float32
-   at the highest matmul precision on the CPU, at the size it draws at. Each is given what those
-   computed before it, so that errors do not add up; the input is an embedded story.
+   at the highest matmul precision on the CPU, at the size it generates. Each is given what those
+   computed before it, so that errors do not add up; the input is a synthetic story.
 
 Accelerators round float32 matrix products unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
 """
@@ -69,13 +69,13 @@ def main() -> None:
 
 
 def find_cases(folder: Path) -> dict[Path, dict[str, Any]]:
-    """What each case in a folder says. Raises `UserError` where there is none, or a bad one."""
+    """Contents of each case in a folder. Raises `UserError` where there is none, or a bad one."""
     cases = {}
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/case.json")]):
         try:
             cases[path] = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); copy it anew") from error
+            raise UserError(f"{path} cannot be read ({error}); copy it again") from error
         require(
             isinstance(cases[path], dict) and "kind" in cases[path],
             f"{path} is no parity case: it has no kind; name a folder of cases alone",

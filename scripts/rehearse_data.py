@@ -1,4 +1,4 @@
-"""Rehearse the way of a real dataset: prepare, cache, train, be killed, go on, evaluate.
+"""Rehearse the way of a real dataset: prepare, cache, train, be killed, resume, evaluate.
 
     python scripts/rehearse_data.py --out rehearsal
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def rehearse(dataset: str, folder: Path) -> Path:
-    """Go through everything with `folder/published`; returns the page of pictures."""
+    """Go through everything with `folder/published`; return the page of images."""
     shards, start, cache, workdir, drawn = (
         folder / name for name in ("shards", "start", "latents", "run", "evaluation")
     )
@@ -56,7 +56,7 @@ def rehearse(dataset: str, folder: Path) -> Path:
         *("--tokenizer", ROOT / "contextualstory_jax" / "data" / "shapes_tokenizer"),
     )
     data = (f"--config.data.name={dataset}", f"--config.data.root={shards}")
-    # Any codec and text tower will do, and both runs must have the same.
+    # Any VAE and text encoder will do, and both runs must have the same.
     python(*TRAIN, "--workdir", start, *data, "--config.steps=1")
     python(
         *("-m", "contextualstory_jax", "cache-latents"),
@@ -78,7 +78,7 @@ def rehearse(dataset: str, folder: Path) -> Path:
     )
     page = drawn / "index.html"
     frames = [json.loads(line) for line in (drawn / "frames.jsonl").open()]
-    assert page.is_file() and frames, "nothing was drawn"
+    assert page.is_file() and frames, "nothing was generated"
     for frame in frames:
         assert (drawn / frame["generated"]).is_file() and (drawn / frame["original"]).is_file()
     return page
@@ -92,7 +92,7 @@ def python(*arguments: object) -> None:
 
 
 def kill_when(metrics: Path, lines: int, *arguments: object) -> None:
-    """Run Python, and kill it, as a machine that fails would, when a file has so many lines."""
+    """Run Python, and kill it, as a machine that fails would, when a file has `lines` lines."""
     command = [sys.executable, *map(str, arguments)]
     print("$", *command, f"  # killed after step {lines}", flush=True)
     with subprocess.Popen(command, env=environment()) as process:

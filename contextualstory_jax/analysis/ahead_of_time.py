@@ -30,8 +30,9 @@ from contextualstory_jax.models.flops import DEVICES, drawing_flops, peak_flops,
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.sampling.sample import Inputs, Scales, generation_programs
+from contextualstory_jax.training.start_state import abstract_state
 from contextualstory_jax.training.train_step import Batch, Encoded
-from contextualstory_jax.training.trainer import abstract_state, check_batch, step_program
+from contextualstory_jax.training.trainer import check_batch, step_program
 from contextualstory_jax.utils.errors import UserError, require
 
 # XLA's least effort, and one code for equal layers: a fraction of the time and half of the memory,

@@ -1,4 +1,4 @@
-"""The commands: arguments in, exit status out. `train`, `generate` and `evaluate` lie beside it.
+"""Subcommands of `contextualstory-jax`; `train`, `generate` and `evaluate` lie above this folder.
 
 May import every folder. Start with `../__main__.py`.
 """

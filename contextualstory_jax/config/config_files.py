@@ -56,7 +56,7 @@ def load_recipe(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
 def train_config(
     config: ConfigDict | Mapping[str, Any], overrides: Sequence[str] = ()
 ) -> TrainConfig:
-    """A recipe's mapping, with overrides `key.key=value`, as the dataclass that code uses.
+    """Build a `TrainConfig` from a config's mapping, with overrides `key.key=value`.
 
     Raises `UserError` where a key is unknown or a value is out of range.
     """

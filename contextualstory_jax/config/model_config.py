@@ -1,6 +1,6 @@
-"""What a model and a run of it consist of: frozen dataclasses, built once from plain mappings.
+"""Model and sampling configs: frozen dataclasses, built once from plain mappings.
 
-A recipe (`configs/NAME.py`) returns an `ml_collections.ConfigDict`; a checkpoint folder holds the
+A config (`configs/NAME.py`) returns an `ml_collections.ConfigDict`; a checkpoint folder holds the
 same values in `model.json`. Both cross into code through `build`, which refuses unknown keys and
 values by name. After that every default lives here or in `config/train_config.py`, and every
 deviation in the config file.
@@ -171,7 +171,7 @@ class AutoencoderKLConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SpaceToDepthConfig:
-    """A picture codec without parameters: a patch of pixels is the channels of one latent."""
+    """Image codec without parameters: a patch of pixels is the channels of one latent."""
 
     kind: Literal["space_to_depth"] = "space_to_depth"
     patch: int = 4
@@ -193,7 +193,7 @@ class SpaceToDepthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """CLIP's text tower. Defaults are SD-2.1's. Source: transformers CLIPTextModel."""
+    """CLIP's text encoder. Defaults are SD-2.1's. Source: transformers CLIPTextModel."""
 
     vocab_size: int = 49408
     hidden_size: int = 1024
@@ -248,13 +248,13 @@ class SchedulerConfig:
         require(
             not (self.rescale_betas_zero_snr and self.prediction_type == "epsilon"),
             "scheduler.rescale_betas_zero_snr needs prediction_type v_prediction or sample: "
-            "at zero SNR the noise says nothing about the picture",
+            "at zero SNR the noise says nothing about the image",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class NoiseConfig:
-    """How the noise of a story's frames is correlated (PYoCo). Source: reference train.py."""
+    """Correlation of the noise of a story's frames (PYoCo). Source: reference train.py."""
 
     kind: Literal["vanilla", "pyoco_mixed", "pyoco_progressive"] = "pyoco_mixed"
     alpha: float = 1.5
@@ -265,7 +265,7 @@ class NoiseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """What sampling does when the user does not say. Source: reference `sampling_kwargs`."""
+    """Sampling defaults. Source: reference `sampling_kwargs`."""
 
     scheduler: Literal["ddim", "euler", "euler_ancestral", "dpmpp_2m", "pndm", "lms", "unipc"] = (
         "ddim"
@@ -300,7 +300,7 @@ CameraMotion = Literal["pan_left", "pan_right", "zoom_in", "zoom_out"]
 
 @dataclasses.dataclass(frozen=True)
 class FrameInitConfig:
-    """How the initial noise takes low frequencies from the first frame.
+    """FrameInit: the initial noise takes low frequencies from the first frame.
 
     Source: reference `frameinit_kwargs`.
     """
@@ -326,7 +326,7 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     noise: NoiseConfig = NoiseConfig()
-    height: int = 256  # pixels of the pictures trained on, and drawn by default
+    height: int = 256  # pixels of the training images, and of generated ones by default
     width: int = 256
     sampling: SamplingConfig = SamplingConfig()
 
@@ -334,7 +334,7 @@ class ModelConfig:
         require(
             self.unet.in_channels == self.unet.out_channels == self.vae.latent_channels,
             f"unet.in_channels = {self.unet.in_channels} and "
-            f"unet.out_channels = {self.unet.out_channels} must both be the codec's "
+            f"unet.out_channels = {self.unet.out_channels} must both be the VAE's "
             f"latent channels = {self.vae.latent_channels}",
         )
         require(
@@ -351,7 +351,7 @@ class ModelConfig:
         self.latent_size(self.height, self.width)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Latent height and width of pictures of so many pixels.
+        """Latent height and width of images of `height` x `width` pixels.
 
         Raises `UserError` if the size does not divide.
         """

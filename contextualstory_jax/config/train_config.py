@@ -1,4 +1,4 @@
-"""What a config holds beside the model: data and training options. See `config/model_config.py`."""
+"""Data and training configs, beside that of the model. See `config/model_config.py`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from contextualstory_jax.utils.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which stories are trained on, and tested on."""
+    """Training and test stories."""
 
     name: Literal["shapes", "pororo", "flintstones", "folder"] = "shapes"
-    seed: int = 0  # of the drawn world of shapes; of the choice where a frame has several pictures
+    seed: int = 0  # of the synthetic dataset; of the choice where a frame has several images
     root: str | None = None  # of all but shapes: the folder as published, or as prepared
     split_policy: Literal["published", "strict"] = "published"
     captions: Literal["blip2", "original"] = "blip2"  # of pororo alone
     test_fraction: float = 0.05  # of a folder's stories, held out for testing if none names a split
     workers: int = 0  # processes that read; 0: a thread of the one that trains
-    latents: str | None = None  # a latent cache of the training split, read in place of pictures
+    latents: str | None = None  # a latent cache of the training split, read in place of images
 
     def __post_init__(self) -> None:
         check_range(self, "data.", ("workers",), 0)
         check_range(self, "data.", ("test_fraction",), 0, 1)
         require(
             self.name != "shapes" or self.root is None,
-            f"data.root = {self.root!r} is for stories on disk, and data.name = 'shapes' are drawn",
+            f"data.root = {self.root!r} is for stories on disk; data.name = 'shapes' is rendered",
         )
 
 
@@ -62,7 +62,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A recipe: the model, its data, and how it is trained."""
+    """A config: the model, its data, and how it is trained."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -85,7 +85,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest
     keep_every: int | None = None  # steps; checkpoints at multiples stay
     keep_best: int = 0  # those with the least validation loss stay; 0: no such loss is computed
-    sample_every: int = 1000  # steps between pictures from the EMA weights
+    sample_every: int = 1000  # steps between images from the EMA weights
     sample_stories: int = 2
     profile_at: int | None = None  # the step from which a profile is written
     profile_steps: int = 3

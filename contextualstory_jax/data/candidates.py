@@ -1,4 +1,4 @@
-"""All pictures that a frame can show, where a source's `picture` takes one of them."""
+"""All images that a frame can show, of which a source's `picture` takes one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from contextualstory_jax.data.story_source import StorySource
 
 
 def candidates(source: StorySource) -> Callable[[Path], list[Image.Image]]:
-    """The function that reads all pictures of a file: that number n is `picture(path, n)`."""
+    """The function that reads all images of a file; image n is `picture(path, n)`."""
     if isinstance(source, PreparedSource):
         return source.pictures
     if isinstance(source, FlintstonesSource):
@@ -27,12 +27,12 @@ def candidates(source: StorySource) -> Callable[[Path], list[Image.Image]]:
 
 
 def read_one(path: Path) -> list[Image.Image]:
-    """The picture in a file. Raises `UserError` where it is missing or broken."""
+    """The image in a file. Raises `UserError` where it is missing or broken."""
     return [read_image(path)]
 
 
 def read_array(path: Path) -> list[Image.Image]:
-    """The pictures in a `.npy` file, as `read_from_array` chooses among them; raises as it does."""
+    """The images in a `.npy` file, as `read_from_array` chooses among them; raises as it does."""
     first = read_from_array(path, 0)
     count = len(np.lib.format.open_memmap(path, mode="r"))
     return [first, *(read_from_array(path, number) for number in range(1, count))]

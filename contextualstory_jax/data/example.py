@@ -1,4 +1,4 @@
-"""What every dataset yields: one story, its pictures beside its sentences."""
+"""The element of every dataset: one story, its images and its sentences."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import dataclasses
 import numpy as np
 from jaxtyping import UInt8
 
-FRAMES = 5  # pictures, and sentences, a story
+FRAMES = 5  # images, and sentences, per story
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameLabels:
-    """The truth of one frame, for metrics; a dataset tells what it knows.
+    """Ground truth of one frame, for metrics; a dataset fills in what it knows.
 
-    `needs_context` says that the frame's own sentence does not tell its characters or its scene.
+    `needs_context` says that the frame's own sentence does not name its characters or its scene.
     """
 
     characters: frozenset[str]
@@ -24,7 +24,7 @@ class FrameLabels:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One story: five RGB pictures, 0-255, and five sentences, ids and (if known) labels.
+    """One story: five RGB images, 0-255, and five sentences, ids and (if known) labels.
 
     `story_id` and `frame_ids` are unique in the dataset and fit as names of files.
     """

@@ -1,15 +1,15 @@
-"""FlintstonesSV as it is published: clips of a few pictures, annotations and splits.
+"""FlintstonesSV as it is published: clips of a few frames, annotations and splits.
 
 - `train-val-test_split.json`: the clips of each split, by id (`s_01_e_02_shot_003784_003858`);
 - `flintstones_annotations_v1-0.json`: what a clip shows, its setting and its characters;
-- `video_frames_sampled/ID.npy`: its pictures, uint8 (n, 128, 128, 3), of which one is drawn;
+- `video_frames_sampled/ID.npy`: its frames, uint8 (n, 128, 128, 3), of which one is sampled;
 - `following_cache4.pkl`: the next four clips of each; where it is missing, the next four in the
   order of ids over all splits, if they are of the same season and episode;
 - `labels.pkl`: whether each of seven characters is in a clip; where it is missing, the annotations
   say so.
 
 A clip begins a story in its own split. Published, the other four may be of other splits; strict,
-all five are of one. (In the split as published episodes are whole, and the two are the same.)
+all five are of one. (In the published split no episode is divided, so the two are the same.)
 
 Source: reference `flintstones_data.py` FlintstonesDataset.
 """

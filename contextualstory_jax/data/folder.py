@@ -1,4 +1,4 @@
-"""Stories of your own: a folder with a `stories.jsonl`, a story a line, and pictures.
+"""Stories of your own: a folder with a `stories.jsonl`, one story per line, and images.
 
     {"id": "picnic", "sentences": ["Mia packs a basket.", ...five], "frames": ["1.png", ...five],
      "characters": [["mia"], ...five], "scene": "meadow", "split": "train"}
@@ -52,9 +52,14 @@ KEYS = {"id", "sentences", "frames", "characters", "scene", "split"}
 class FolderSource(StorySource):
     """One split of a folder of stories.
 
-    Pictures of any shape are cut to squares. Args: `test_fraction`, of the stories to hold out as
-    the test split where none names a split. Raises `UserError` for a folder without
-    `stories.jsonl`, and for a broken line, by its number.
+    Images of any shape are cropped to squares.
+
+    Args:
+        test_fraction: Fraction of the stories to hold out as the test split where none names a
+            split.
+
+    Raises:
+        UserError: The folder has no `stories.jsonl`, or a line is broken; its number is given.
     """
 
     def __init__(
@@ -112,9 +117,9 @@ def _strict(stories: list[tuple[str, StoryRecord]]) -> list[tuple[str, StoryReco
 
 
 def _contents(paths: Iterable[Path]) -> dict[Path, str]:
-    """A name for each file that is the same where the bytes are.
+    """A name for each file; files with the same bytes have the same name.
 
-    Only files of one size are read; what is no file or cannot be read stands for itself.
+    Only files of equal size are read; a path that is no readable file keeps its own name.
     """
     sizes = {path: os.path.getsize(path) if os.path.isfile(path) else None for path in set(paths)}
     alike = Counter(sizes.values())
@@ -170,7 +175,7 @@ def _five_texts(values: dict[str, Any], key: str, where: str) -> tuple[str, ...]
 
 
 def _labels(values: dict[str, Any], where: str) -> tuple[FrameLabels, ...] | None:
-    """Whom each frame shows, and where. Without `characters` nothing is known, not: nobody."""
+    """Characters and scene of each frame. Without `characters` nothing is known, not: nobody."""
     characters, scenes = values.get("characters"), values.get("scene")
     if not isinstance(scenes, list):
         scenes = [scenes] * FRAMES
@@ -192,7 +197,7 @@ def _labels(values: dict[str, Any], where: str) -> tuple[FrameLabels, ...] | Non
 
 
 def _are(values: Any, kind: type | types.UnionType, count: int) -> bool:
-    """Whether `values` is a list of `count` things of a kind."""
+    """Whether `values` is a list of `count` values of type `kind`."""
     return (
         isinstance(values, list)
         and len(values) == count

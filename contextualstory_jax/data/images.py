@@ -1,8 +1,8 @@
-"""Images of stories, read and brought to size with Pillow as the original does.
+"""Images of stories, read and resized with Pillow as the original does.
 
-Users' own files come in many kinds. Read, an image is 8-bit RGB and upright, shows white where it
-is transparent, and is the first frame of an animation. A kind that cannot be brought to that is
-refused by name.
+Users' own files come in many formats. An image that was read is 8-bit RGB and upright, white where
+it was transparent, and the first frame of an animation. A format that cannot be converted to that
+is refused by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.files import check_file
 
 MOST_PIXELS = 2**26  # 8192 x 8192: decoded and converted within 1 GB of memory
-MOST_ASPECT = 20  # long side by short side
+MOST_ASPECT = 20  # long side over short side
 MOST_IN_FILE = 500  # images of a column or an array: 94 MiB at 256 x 256 pixels
 UNKNOWN_RANGE = {"I": "32-bit integers", "F": "floating-point numbers"}
 
@@ -33,7 +33,7 @@ def remark(what: str, name: str) -> None:
     """Log what was done to an image, once in this process."""
     if what not in remarks:
         remarks[what] = name
-        logger.warning("%s %s (said once)", name, what)
+        logger.warning("%s %s (logged once)", name, what)
 
 
 @contextmanager
@@ -82,7 +82,12 @@ def read_image(path: Path) -> Image.Image:
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """An image in 8-bit RGB, on white where it is transparent; 16-bit greys are scaled.
 
-    Args: `name`, of the image in messages. Raises `UserError` for pixels whose range is unknown.
+    Args:
+        image: Image as Pillow opened it.
+        name: Name of the image in messages.
+
+    Raises:
+        UserError: The range of the pixel values is unknown.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         require(
@@ -131,7 +136,7 @@ def check_count(count: int, path: Path) -> None:
 
 
 def read_column(path: Path) -> list[Image.Image]:
-    """The square images that stand in a column, from the top.
+    """The square images stacked in a column, from the top.
 
     Raises `UserError` where the file is missing or broken. Source: reference `pororo.py`
     PororoDataset.sample_image.
@@ -145,7 +150,7 @@ def read_column(path: Path) -> list[Image.Image]:
 
 
 def read_from_array(path: Path, choice: int) -> Image.Image:
-    """One of the images in a `.npy` file, uint8 (n, h, w, 3), counted around.
+    """One of the images in a `.npy` file, uint8 (n, h, w, 3); `choice` is taken modulo n.
 
     Only that image is read from the disk. Raises `UserError` where the file is missing, broken or
     holds something else.
@@ -163,7 +168,7 @@ def read_from_array(path: Path, choice: int) -> Image.Image:
 
 
 def fit_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "h h 3"]:
-    """The short side brought to `size` pixels, bilinearly, and the middle cut out.
+    """Resize the short side to `size` pixels, bilinearly, and crop the centre.
 
     Source: torchvision's Resize and CenterCrop on Pillow images, whose filter grows with the
     reduction. What the original resizes without a crop is square.

@@ -1,12 +1,12 @@
-"""A latent cache on disk, read: what the codec and the text tower make of a training split.
+"""Reader of a latent cache: VAE moments and text encoder features of a training split, on disk.
 
-    FOLDER/moments-00000-of-00002.array_record   a record a picture: mean, then log of variance
-    FOLDER/text-00000-of-00002.array_record      a record a sentence: its features
-    FOLDER/pictures.npy                          how many pictures each file of the dataset has
+    FOLDER/moments-00000-of-00002.array_record   one record per image: mean, then log of variance
+    FOLDER/text-00000-of-00002.array_record      one record per sentence: its features
+    FOLDER/pictures.npy                          number of images in each file of the dataset
     FOLDER/cache.json                            shapes, what it was made of, the StoryFlow mean
 
-Pictures and sentences that several stories share are stored once, in the order in which the stories
-first show them; sentence 0 is the empty one. Of a frame that shows one of several pictures all are
+Images and sentences that several stories share are stored once, in the order in which the stories
+first show them; sentence 0 is the empty one. Of a frame that shows one of several images all are
 stored, so that training chooses as it does without a cache. `training/cache_latents.py` writes the
 folder, `cache.json` last.
 """
@@ -36,14 +36,14 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(bfloat16)}
 
 READ = "readahead_buffer_size:0"  # of ArrayRecord: rows are read in random order
 # Threads, each of which reads record by record: for several in one call ArrayRecord starts threads
-# of its own, and takes half as long again of the processor's time.
+# of its own, and takes 1.5 times the CPU time.
 READERS = 4
 
 
 class StoryTable(NamedTuple):
-    """What stories show: each file of pictures and each sentence once, and their places.
+    """Index of stories: each image file and each sentence once, and where stories use them.
 
-    `digest` tells stories apart by their ids, frames and sentences.
+    `digest` is a hash of the ids, frames and sentences of the stories.
     """
 
     paths: tuple[Path, ...]
@@ -55,7 +55,7 @@ class StoryTable(NamedTuple):
 
 
 def tabulate(source: StorySource) -> StoryTable:
-    """The table of all stories of a source; no picture is read."""
+    """The table of all stories of a source; no image is read."""
     paths: dict[Path, int] = {}
     sentences = {"": 0}
     digest = hashlib.sha256()
@@ -102,7 +102,7 @@ class Records:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, rows: Integer[np.ndarray, " n"], put: Callable[[int, np.ndarray], None]) -> None:
-        """Hand each row's place in `rows` and its array to `put`, in any order.
+        """Pass each row's place in `rows` and its array to `put`, in any order.
 
         Raises ValueError or RuntimeError for damaged records.
         """
@@ -135,7 +135,7 @@ class LatentCache:
             )
             self.picture_counts: Integer[np.ndarray, " n"] = np.load(folder / PICTURES)
             if self.picture_counts.sum() != len(self._moments):
-                raise ValueError(f"{PICTURES} counts other pictures")
+                raise ValueError(f"{PICTURES} counts other images")
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise self._damaged(error) from error
 
@@ -146,7 +146,7 @@ class LatentCache:
         size = sum(len(r) * r.nbytes for r in (self._moments, self._text)) / 2**30
         flow = ", ".join(f"{value:.3g}" for value in self.storyflow)
         return (
-            f"{self.folder}: {len(self._moments)} pictures and {len(self._text) - 1} sentences, "
+            f"{self.folder}: {len(self._moments)} images and {len(self._text) - 1} sentences, "
             f"{size:.2f} GiB; mean StoryFlow values {flow}"
         )
 
@@ -168,7 +168,7 @@ class LatentCache:
     def moments(
         self, rows: Integer[np.ndarray, " n"]
     ) -> tuple[Float[np.ndarray, "n p q c"], Float[np.ndarray, "n p q c"]]:
-        """Means and logs of variances of pictures. Raises `UserError` for damaged records."""
+        """Means and logs of variances of images. Raises `UserError` for damaged records."""
         shape = (len(rows), *self._moments.shape[1:])
         mean, logvar = np.empty(shape, self._moments.dtype), np.empty(shape, self._moments.dtype)
 
@@ -192,7 +192,7 @@ class LatentCache:
 
     def _damaged(self, error: Exception) -> UserError:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        return UserError(f"the latent cache {self.folder} is damaged ({reason}); make it anew")
+        return UserError(f"the latent cache {self.folder} is damaged ({reason}); make it again")
 
 
 class EncodedStories:
@@ -205,7 +205,7 @@ class EncodedStories:
         table = tabulate(source)
         require(
             cache.about["stories"] == table.digest,
-            f"the latent cache {cache.folder} is of other stories than the recipe's data; "
+            f"the latent cache {cache.folder} is of other stories than the config's data; "
             "cache these, or name their data",
         )
         self.source, self.cache = source, cache
@@ -254,9 +254,9 @@ def _about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); make the latent cache anew") from error
+        raise UserError(f"{path} cannot be read ({error}); make the latent cache again") from error
     require(
         isinstance(about, dict) and about.get("format") == FORMAT and about.keys() >= KEYS,
-        f"{path} does not describe a latent cache in format {FORMAT}; make it anew",
+        f"{path} does not describe a latent cache in format {FORMAT}; make it again",
     )
     return about

@@ -49,7 +49,7 @@ Read = Callable[[Sequence[tuple[int, int]]], dict[str, np.ndarray]]
 
 
 def open_stories(config: DataConfig, split: str, size: int) -> StorySource | ShapesSource:
-    """One split of the recipe's stories, pictures of `size` x `size`.
+    """Open one split of the config's stories, with images of `size` x `size`.
 
     `config.root` may be a folder as published or as prepared, or the URL of one. Raises `UserError`
     where it is neither, cannot be copied, does not have the split, or was prepared with other
@@ -106,8 +106,11 @@ def story_notes(
 ) -> list[str]:
     """Lines for the user on how a dataset is split and which of a folder's sentences are truncated.
 
-    Args: `truncation_note`, the tokenizer's. Prepared sentences were checked when they were
-    prepared.
+    Prepared sentences were checked when they were prepared.
+
+    Args:
+        source: Stories to describe.
+        truncation_note: The tokenizer's method of that name.
     """
     if isinstance(source, ShapesSource):
         return []
@@ -149,17 +152,24 @@ def read_batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of `count` stories in random order, anew each epoch, from a step on.
+    """Endless batches of `count` stories in random order, reshuffled each epoch, from `first_step`.
 
     Batch s is the same whatever step the iterator started at, so that resuming needs no iterator
-    state, and whatever the number of processes. Args: `read`, makes arrays of (index, epoch) pairs,
-    one a row; `rows` of each batch to read, by default all: those of one host (`process_rows`);
-    `workers`, processes that read (0: a thread of this one), to which `read` is pickled.
+    state, and whatever the number of processes.
+
+    Args:
+        read: Makes arrays of (index, epoch) pairs, one per row.
+        count: Number of stories.
+        batch_size: Stories per batch.
+        seed: Seed of the order.
+        first_step: Step of the first batch.
+        rows: Rows of each batch to read, by default all; those of one host are `process_rows`.
+        workers: Processes that read (0: a thread of this one), to which `read` is pickled.
     """
     of_step = _ReadStep(read, count, tuple(range(batch_size) if rows is None else rows))
     order = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
     steps = order.batch(batch_size, drop_remainder=True).map_with_index(of_step)[first_step:]
-    # One thread: drawing and tokenising are Python, and the accelerator has the other cores.
+    # One thread: rendering and tokenising are Python, and the accelerator has the other cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1 if workers else 4)
     dataset = steps.to_iter_dataset(options)
     if workers:
@@ -216,7 +226,7 @@ def process_rows(sharding: Sharding, batch_size: int) -> list[int]:
 
 
 class EvaluationBatch(NamedTuple):
-    """Some stories, in arrays that repeat the last one until they have a whole batch's shape."""
+    """Some stories, in arrays padded to the batch size by repeating the last story."""
 
     stories: list[Example]  # without the repeated
     images: UInt8[np.ndarray, "b 5 h w 3"]
@@ -233,7 +243,7 @@ def evaluation_batches(
     count: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> Iterator[EvaluationBatch]:
-    """Each of `count` stories from number `first` on, by default all, once and in order.
+    """Batches of `count` stories (by default all) from number `first`, once and in order.
 
     Every process has equally many batches, of `rows` of each (by default all); a process may find
     no story in its rows of the last one.
@@ -254,7 +264,7 @@ def evaluation_batches(
 
 
 class WaitMeter(Generic[T]):
-    """An iterator that tells how long it was waited for."""
+    """An iterator that measures how long it was waited for."""
 
     def __init__(self, iterator: Iterator[T]):
         self._iterator = iterator
@@ -271,6 +281,6 @@ class WaitMeter(Generic[T]):
             self._seconds += time.monotonic() - began
 
     def take(self) -> float:
-        """Seconds that were waited since this was last asked."""
+        """Seconds waited since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds

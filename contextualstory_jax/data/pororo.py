@@ -1,14 +1,14 @@
-"""PororoSV as it is published: a folder of pictures, and numpy files that say which make a story.
+"""PororoSV as it is published: a folder of images, and numpy files that say which form a story.
 
 - `train_seen_unseen_ids.npy`: three arrays (training, validation, test) of numbers of stories;
 - `img_cache4.npy`, `following_cache4.npy`: each story's first frame, and the next four. Where
-  either is missing both are worked out from the pictures, whose numbering must then have no gap:
+  either is missing both are computed from the images, whose numbering must then have no gap:
   the splits count stories in the order of this list;
 - `descriptions_blip2.npy` and `pororo_png_filtered_blip2/ID.png`, or `descriptions.npy` and
-  `ID.png`: captions, and the one picture that BLIP-2 found to fit the caption, or a column of
-  pictures of which one is drawn;
-- `labels.npy`: whether each of nine characters is in a frame. Nothing else in the folder tells, so
-  that without the file stories have no labels.
+  `ID.png`: captions, and the one image that BLIP-2 found to fit the caption, or a column of
+  images of which one is sampled;
+- `labels.npy`: whether each of nine characters is in a frame. Nothing else in the folder
+  says so; without the file stories have no labels.
 
 Published, the training split holds the validation split too, some of whose stories overlap with the
 test split's; strict, training leaves validation out.
@@ -122,7 +122,7 @@ def _windows(ids: Path, listed: list[Window], policy: Policy) -> dict[str, list[
         for outside in chosen[(chosen < 0) | (chosen >= len(listed))]:
             raise UserError(
                 f"{ids}: the {split} part has story {outside}, but the stories are 0 to "
-                f"{len(listed) - 1}; fetch {FIRST} and {NEXT}, or the pictures, again"
+                f"{len(listed) - 1}; fetch {FIRST} and {NEXT}, or the images, again"
             )
         numbers[split] = chosen.astype(np.int64)
     if policy == "published":
@@ -148,7 +148,7 @@ def _listed_windows(root: Path, pictures: Path) -> list[Window]:
     first, following = load_npy(root / FIRST), load_npy(root / NEXT)
     require(
         first.ndim == 1 and following.shape == (len(first), FRAMES - 1),
-        f"{root / FIRST} and {NEXT} must name one and {FRAMES - 1} pictures a story; they have "
+        f"{root / FIRST} and {NEXT} must name one and {FRAMES - 1} images per story; they have "
         f"the shapes {first.shape} and {following.shape}",
     )
 
@@ -162,14 +162,14 @@ def _listed_windows(root: Path, pictures: Path) -> list[Window]:
 
 
 def _computed_windows(root: Path, pictures: Path) -> Iterator[Window]:
-    """A window for each picture whose episode has the next four, in ImageFolder's order."""
+    """A window for each image whose episode has the next four, in ImageFolder's order."""
     for episode, numbers in _episodes(pictures):
         last = max(numbers)
         gaps = set(range(min(numbers), last)).difference(numbers)
         require(
             not gaps,
             f"{root / FIRST} or {NEXT} is missing, and cannot be worked out, because "
-            f"{pictures / episode} lacks {', '.join(f'{n}{SUFFIX}' for n in sorted(gaps)[:1])}",
+            f"{pictures / episode} has no {', '.join(f'{n}{SUFFIX}' for n in sorted(gaps)[:1])}",
         )
         for number in numbers:
             if number + FRAMES - 1 <= last:
@@ -177,7 +177,7 @@ def _computed_windows(root: Path, pictures: Path) -> Iterator[Window]:
 
 
 def _episodes(pictures: Path) -> Iterator[tuple[str, list[int]]]:
-    """Each folder that has pictures, and their numbers, both in the order of their names."""
+    """Each folder that has images, and their numbers, both in the order of their names."""
     for top in sorted(entry.name for entry in os.scandir(pictures) if entry.is_dir()):
         if top == FILTERED:
             continue
@@ -216,7 +216,7 @@ def _labels(path: Path, shown: set[str]) -> dict[str, FrameLabels]:
 
 
 def _of_frames(path: Path, shown: set[str], read: Callable[[Any], Any]) -> dict[str, Any]:
-    """What a file, a dictionary in a `.npy` array, says of the frames shown."""
+    """Values for the frames shown, from a file with a dictionary in a `.npy` array."""
     content = load_npy(path)
     values = content.item() if content.shape == () else None
     if not isinstance(values, dict):

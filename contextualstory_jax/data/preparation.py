@@ -1,7 +1,7 @@
-"""Preparing a dataset: every story checked, every picture decoded once, and both stored to be read
-fast (`prepared.py`).
+"""Dataset preparation: check every story, decode every image once, and store both for fast reading
+(`prepared.py`).
 
-Stories are written last, for only then is known which pictures are broken (`shards.py`).
+Stories are written last, because only then is it known which images are broken (`shards.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from PIL import Image
 
@@ -27,15 +27,15 @@ from contextualstory_jax.data.story_source import SPLITS, EmptySplit, StoryRecor
 from contextualstory_jax.data.validation import Finding, problems
 from contextualstory_jax.utils.errors import require
 
-FILES_PER_SHARD = 256  # with pictures; 48 MiB at 256 pixels where each file has one
-MOST_TOKENS = 77  # of a caption, that the text tower reads
+FILES_PER_SHARD = 256  # with images; 48 MiB at 256 pixels where each file has one
+MOST_TOKENS = 77  # of a caption, that the text encoder reads
 LONG = "long caption"  # the finding that keeps no story out
 LONG_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found, and whether the dataset was written."""
+    """Result of a preparation: findings, and whether the dataset was written."""
 
     found: dict[str, int]  # stories of each split
     kept: dict[str, int]
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def problems(self) -> list[Finding]:
-        """The findings because of which stories cannot be written: all but long captions."""
+        """The findings that keep stories from being written: all but long captions."""
         return [finding for finding in self.findings if finding.kind != LONG]
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Report:
         if long:
             lines.append(f"truncated captions: {len(long)}")
         lines += self.notes
-        lines.append(f"stories: {splits}; pictures: {self.pictures}")
+        lines.append(f"stories: {splits}; images: {self.pictures}")
         lines.append(f"problems: {', '.join(f'{n} {k}' for k, n in counts.items()) or 'none'}")
         return "\n".join(lines)
 
@@ -76,14 +76,23 @@ def prepare(
     workers: int = 1,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Report:
-    """Write the stories in `config.root` to a new folder, pictures of `size` x `size` pixels.
+    """Write the stories in `config.root` to a new folder, with images of `size` x `size` pixels.
 
-    Where something is wrong with them the folder does not appear. With `skip_broken` it does,
-    without the stories that miss an image and those whose id an earlier one has. Captions of more
-    than 77 tokens are reported and kept: the tokenizer truncates them. Args: `token_count`, of a
-    caption, by default `least_tokens`; `progress`, called with the number of files with pictures
-    that are done, and of all. Raises `UserError` for a folder that is not the dataset's, and where
-    writing fails.
+    Where something is wrong with them the folder is not created. With `skip_broken` it is, without
+    the stories that miss an image and those whose id an earlier one has. Captions of more than 77
+    tokens are reported and kept: the tokenizer truncates them.
+
+    Args:
+        config: Dataset to prepare.
+        out: Folder to create.
+        size: Side of the stored images in pixels.
+        token_count: Number of tokens of a caption, by default `least_tokens`.
+        skip_broken: Leave out broken stories instead of writing nothing.
+        workers: Number of processes that write shards.
+        progress: Called with the number of image files that are done, and of all.
+
+    Raises:
+        UserError: The folder is not the dataset's, or writing fails.
     """
     require_tfds()
     from contextualstory_jax.data.tfds_builders import BUILDERS, PictureShard, StoryShard
@@ -94,52 +103,57 @@ def prepare(
     stories = {split: [s.story(i) for i in range(len(s))] for split, s in sources.items()}
     first = next(iter(sources.values()))
     files = tuple(dict.fromkeys(p for s in stories.values() for r in s for p in r.paths))
-    settings = {
-        "name": config.name,
-        "split_policy": config.split_policy,
-        "captions": config.captions,
-        "test_fraction": first.test_fraction,
-        "size": size,
-    }
-    plan = settings | {"files": _digest(files, config)}
-
-    with work_folder(out, plan) as work:
-        read = candidates(first)
-        shards = [
-            PictureShard(files[i : i + FILES_PER_SHARD], read, size)
-            for i in range(0, len(files), FILES_PER_SHARD)
-        ]
+    settings = _settings(config, first.test_fraction, size)
+    with work_folder(out, settings | {"files": _digest(files, config)}) as work:
+        starts, read = range(0, len(files), FILES_PER_SHARD), candidates(first)
+        shards = [PictureShard(files[i : i + FILES_PER_SHARD], read, size) for i in starts]
         make_builder = functools.partial(BUILDERS[config.name], work)
         builder = make_builder(PICTURES, {PICTURES: shards}, settings)
         rows, broken = write_pictures(builder, work, workers, progress)
-
-        findings: dict[str, Finding] = {}  # by message: a frame may be in several splits
-        kept: dict[str, list[StoryRecord]] = {}
-        for split, source in sources.items():
-            of_text = list(problems(_Unread(source), token_count or least_tokens, MOST_TOKENS))
-            of_pictures = list(_of_pictures(stories[split], broken))
-            findings |= {finding.message: finding for finding in of_text + of_pictures}
-            left_out = {f.story for f in of_text if f.kind == "duplicate id"}
-            kept[split] = [
-                story
-                for number, story in enumerate(stories[split])
-                if number not in left_out and broken.keys().isdisjoint(story.paths)
-            ]
+        kept, findings = _intact(sources, stories, broken, token_count or least_tokens)
         report = Report(
             found={split: len(of_split) for split, of_split in stories.items()},
             kept={split: len(of_split) for split, of_split in kept.items()},
             pictures=sum(count for _, count in rows.values()),
-            findings=tuple(findings.values()),
-            complete=skip_broken or all(f.kind == LONG for f in findings.values()),
+            findings=findings,
+            complete=skip_broken or all(finding.kind == LONG for finding in findings),
             notes=first.notes,
         )
         if report.complete:
-            require(any(kept.values()), f"no story in {config.root} has all its pictures")
+            require(any(kept.values()), f"no story in {config.root} has all its images")
             splits = {split: [StoryShard(s, rows)] for split, s in kept.items() if s}
-            builder = make_builder(STORIES, splits, settings)
-            write_stories(builder, work)
+            write_stories(make_builder(STORIES, splits, settings), work)
             finish(work, out)
     return report
+
+
+def _intact(
+    sources: Mapping[str, StorySource],
+    stories: Mapping[str, Sequence[StoryRecord]],
+    broken: Mapping[Path, str],
+    token_count: Callable[[str], int],
+) -> tuple[dict[str, list[StoryRecord]], tuple[Finding, ...]]:
+    """The stories of each split with all their images and an id of their own; all findings."""
+    kept: dict[str, list[StoryRecord]] = {}
+    findings: dict[str, Finding] = {}  # by message: a frame may be in several splits
+    for split, source in sources.items():
+        of_text = list(problems(_Unread(source), token_count, MOST_TOKENS))
+        of_images = list(_of_pictures(stories[split], broken))
+        findings |= {finding.message: finding for finding in of_text + of_images}
+        repeated = {finding.story for finding in of_text if finding.kind == "duplicate id"}
+        kept[split] = [
+            story
+            for number, story in enumerate(stories[split])
+            if number not in repeated and broken.keys().isdisjoint(story.paths)
+        ]
+    return kept, tuple(findings.values())
+
+
+def _settings(config: DataConfig, test_fraction: float | None, size: int) -> dict[str, Any]:
+    """The settings that decide which stories are written, and how."""
+    names = ("name", "split_policy", "captions")
+    given = {name: getattr(config, name) for name in names}
+    return given | {"test_fraction": test_fraction, "size": size}
 
 
 def open_splits(config: DataConfig, size: int) -> dict[str, StorySource]:
@@ -166,11 +180,11 @@ def open_splits(config: DataConfig, size: int) -> dict[str, StorySource]:
     return opened
 
 
-# ------------------------------------------------------------------------------- what is checked
+# ---------------------------------------------------------------------------------------- checks
 
 
 class _Unread(StorySource):
-    """A source whose pictures are taken for sound: writing them tells."""
+    """A source whose images are assumed intact; writing them finds those that are not."""
 
     def __init__(self, source: StorySource):
         super().__init__(source.split, source.size, source.seed)
@@ -187,15 +201,15 @@ class _Unread(StorySource):
 
 
 def least_tokens(sentence: str) -> int:
-    """The tokens that a sentence has at least: one a word, digit and run of signs, and two around.
+    """Lower bound on the tokens of a sentence: one per word, digit and run of signs, and two more.
 
-    So CLIP splits a sentence before it looks words up. Source: transformers CLIPTokenizer.
+    CLIP splits a sentence this way before it looks words up. Source: transformers CLIPTokenizer.
     """
     parts = r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+"
     return len(re.findall(parts, sentence.lower())) + 2
 
 
-def _of_pictures(stories: list[StoryRecord], broken: dict[Path, str]) -> Iterator[Finding]:
+def _of_pictures(stories: Sequence[StoryRecord], broken: Mapping[Path, str]) -> Iterator[Finding]:
     for number, story in enumerate(stories):
         for path in story.paths:
             if path in broken:
@@ -204,6 +218,6 @@ def _of_pictures(stories: list[StoryRecord], broken: dict[Path, str]) -> Iterato
 
 
 def _digest(files: tuple[Path, ...], config: DataConfig) -> str:
-    """Of the names and the order of the files with pictures."""
+    """Digest of the names and the order of the image files."""
     names = (os.path.relpath(path, config.root) for path in files)
     return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()

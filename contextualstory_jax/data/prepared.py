@@ -1,11 +1,11 @@
-"""Prepared datasets: the same stories as the published folder's, in shards that read fast.
+"""Prepared datasets: the same stories as the published folder's, in shards for fast reading.
 
 A prepared folder (`contextualstory-jax prepare`) holds two tensorflow-datasets datasets:
 
 - `stories`: the splits; a story's frames say which rows of `pictures` are theirs;
-- `pictures`: every picture that a frame can show, once, at the size prepared for.
+- `pictures`: every image that a frame can show, once, at the size prepared for.
 
-How they are stored says `builders.py`; its `metadata.json` tells what they were made from.
+`tfds_builders.py` says how they are stored; `metadata.json` records what they were made from.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def require_tfds() -> None:
 class PreparedSource(StorySource):
     """One split of a prepared dataset: the examples that the published folder's source gives.
 
-    A record's path is that of no file, but `pictures/FIRST-LAST`: rows. Raises `UserError` for a
-    folder that is no prepared dataset, or not whole, or prepared for another size.
+    A record's path names no file but rows: `pictures/FIRST-LAST`. Raises `UserError` for a folder
+    that is no prepared dataset, incomplete, or prepared for another size.
     """
 
     def __init__(self, root: Path, split: str, size: int, *, seed: int = 0):
@@ -65,7 +65,7 @@ class PreparedSource(StorySource):
         self.test_fraction = self.metadata["test_fraction"]
         require(
             self.metadata["size"] == size,
-            f"{root} holds pictures of {self.metadata['size']} pixels, and {size} are asked for; "
+            f"{root} holds images of {self.metadata['size']} pixels, and {size} are asked for; "
             f"prepare the dataset with --size {size}",
         )
         self.counts = {name: info.num_examples for name, info in stories.info.splits.items()}
@@ -104,7 +104,7 @@ class PreparedSource(StorySource):
         return self._picture(rows[choice % len(rows)])
 
     def pictures(self, path: Path) -> list[Image.Image]:
-        """All pictures of a record's path. Raises `UserError` where one is damaged."""
+        """All images of a record's path. Raises `UserError` where one is damaged."""
         return [self._picture(row) for row in _rows(path)]
 
     def _picture(self, row: int) -> Image.Image:
@@ -116,7 +116,7 @@ class PreparedSource(StorySource):
         except (RuntimeError, ValueError) as error:  # of ArrayRecord, for records that are damaged
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"a shard in {self.root} is damaged ({reason}); prepare the dataset anew"
+                f"a shard in {self.root} is damaged ({reason}); prepare the dataset again"
             ) from error
 
 
@@ -127,7 +127,7 @@ def _reopen(
 
 
 def require_settings(source: PreparedSource, config: DataConfig) -> None:
-    """Raise `UserError` where a dataset was prepared with other settings than the recipe's."""
+    """Raise `UserError` where a dataset was prepared with other settings than the config's."""
     expected: dict[str, object] = {
         "name": config.name,
         "split_policy": config.split_policy,
@@ -140,12 +140,12 @@ def require_settings(source: PreparedSource, config: DataConfig) -> None:
         require(
             prepared == value,
             f"{source.root} was prepared with {key} = {prepared!r}, and data.{key} = {value!r} is "
-            f"asked for; set data.{key}={prepared}, or prepare the dataset anew",
+            f"asked for; set data.{key}={prepared}, or prepare the dataset again",
         )
 
 
 def labels_to_json(labels: Sequence[FrameLabels] | None) -> str:
-    """Labels as text; nothing for none."""
+    """Labels as JSON text; the empty string for None."""
     if labels is None:
         return ""
     return json.dumps(
@@ -173,7 +173,7 @@ def _texts(values: Sequence[bytes]) -> tuple[str, ...]:
 
 
 def _open(folder: Path) -> Any:
-    """The builder of a dataset whose shards are all there and as long as they were."""
+    """The builder of a dataset, after a check that its shards are complete."""
     import tensorflow_datasets as tfds
 
     for name in ("dataset_info.json", "features.json", "metadata.json"):
@@ -181,7 +181,7 @@ def _open(folder: Path) -> Any:
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # of many kinds, for files that are missing or damaged
-        raise UserError(f"{folder} is no prepared dataset; prepare it anew") from error
+        raise UserError(f"{folder} is no prepared dataset; prepare it again") from error
     for split in builder.info.splits.values():
         for path in split.filepaths:
             check_file(Path(path), "prepare the dataset again")
@@ -189,7 +189,7 @@ def _open(folder: Path) -> Any:
             lengths = zip(split.filepaths, split.shard_lengths, strict=True)
             cut = [path for path, length in lengths if _records(str(path)) != length]
             raise UserError(
-                f"the shard {(cut or [folder])[0]} is damaged; prepare the dataset anew"
+                f"the shard {(cut or [folder])[0]} is damaged; prepare the dataset again"
             )
     return builder
 

@@ -1,7 +1,7 @@
-"""Folders of data elsewhere, such as `gs://BUCKET/FOLDER`, copied to this machine to be read.
+"""Remote data folders, such as `gs://BUCKET/FOLDER`, copied to this machine to be read.
 
-ArrayRecord reads local files only. A folder is copied once a machine, into the user's cache folder
-(XDG_CACHE_HOME says where that is); later only what was changed since. Any URL of fsspec will do.
+ArrayRecord reads local files only. A folder is copied once per machine, into the user's cache
+folder (set by XDG_CACHE_HOME); later only changed files are copied. Any fsspec URL is accepted.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ROOM = "make room, or set XDG_CACHE_HOME to a folder on another disk"
 
 
-@functools.cache  # so that a run asks once, and goes on without the network
+@functools.cache  # so that a run asks once, and continues without the network
 def local_copy(root: str) -> Path:
-    """A folder on this machine: `root` itself, or, of a URL, a copy that is whole.
+    """A folder on this machine: `root` itself or, for a URL, a complete copy.
 
     Raises `UserError` where nothing is at the URL or it cannot be copied; what was copied is kept.
     """
@@ -54,7 +54,7 @@ def local_copy(root: str) -> Path:
 
 
 def _listed(root: str) -> tuple[dict[str, Mapping[str, Any]], fsspec.AbstractFileSystem]:
-    """What fsspec says of each file, by its path in the folder, and how to reach them."""
+    """The fsspec info of each file, by its path in the folder, and the file system."""
     nothing = f"there is nothing at {root}; check the names of bucket and folder"
     try:
         system, path = fsspec.core.url_to_fs(root)
@@ -79,7 +79,7 @@ def _listed(root: str) -> tuple[dict[str, Mapping[str, Any]], fsspec.AbstractFil
     require(bool(files), nothing)
     require("" not in files, f"{root} is a file; name the folder that it is in")
     sizes = [info.get("size") for info in files.values()]
-    require(None not in sizes, f"{root} does not tell how large its files are; copy it by hand")
+    require(None not in sizes, f"{root} does not report the sizes of its files; copy it by hand")
     return {check_inside(name, root): info for name, info in files.items()}, system
 
 
@@ -89,7 +89,7 @@ def _copy(
     files: Mapping[str, Mapping[str, Any]],
     folder: Path,
 ) -> None:
-    """Copy files, each of which gets its name when it is whole."""
+    """Copy files, each of which gets its name when it is complete."""
     needed, free = sum(info["size"] for info in files.values()), shutil.disk_usage(folder).free
     require(
         needed < free,
@@ -112,7 +112,7 @@ def _copy(
             with removing(temporary):
                 system.get_file(info["name"], str(temporary), callback=told)
                 size = temporary.stat().st_size
-                require(size == info["size"], f"{root}/{name} was cut short; run again to go on")
+                require(size == info["size"], f"{root}/{name} was cut short; run again to resume")
                 if (when := _when(info)) is not None:
                     os.utime(temporary, (when, when))
                 temporary.replace(path)
@@ -120,7 +120,7 @@ def _copy(
             raise
         except Exception as error:  # of many kinds, as above, and the disk's
             full = isinstance(error, OSError) and error.errno in FULL
-            mend = ROOM if full else "run again to go on"
+            mend = ROOM if full else "run again to resume"
             raise UserError(
                 f"{root}/{name} cannot be copied to {path} ({_reason(error)}); {mend}"
             ) from error
@@ -135,7 +135,7 @@ def _copy(
 
 
 def _is_copy(path: Path, info: Mapping[str, Any]) -> bool:
-    """Whether a file is as large and as old as what fsspec says."""
+    """Whether a file has the size and modification time that fsspec reports."""
     if not path.is_file() or path.stat().st_size != info["size"]:
         return False
     when = _when(info)
@@ -143,7 +143,7 @@ def _is_copy(path: Path, info: Mapping[str, Any]) -> bool:
 
 
 def _when(info: Mapping[str, Any]) -> float | None:
-    """When a file was written, in seconds; stores say it under several names, or not at all."""
+    """Modification time of a file in seconds; stores report it under several names, or not."""
     for key in ("mtime", "LastModified", "last_modified", "created"):
         if (when := info.get(key)) is not None:
             return when.timestamp() if hasattr(when, "timestamp") else float(when)
@@ -152,7 +152,7 @@ def _when(info: Mapping[str, Any]) -> float | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make a folder this process's own for a time; others wait, and then find it filled."""
+    """Lock a folder for this process; others wait, and then find it filled."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(f"{folder.name}.lock").open("w")

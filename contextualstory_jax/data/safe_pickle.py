@@ -1,9 +1,9 @@
-"""Pickles and `.npy` files of published datasets, read as data: nothing in them runs.
+"""Pickles and `.npy` files of published datasets, read as data without running code.
 
 A pickle names functions for its reader to call. The original calls whatever is named
 (`pickle.load`, `np.load(allow_pickle=True)`); this reader knows those that make containers,
-strings, bytes, numbers and numpy arrays, and refuses every other by name. What numpy's own
-functions would take on trust, the sizes that a pickle states, is checked first.
+strings, bytes, numbers and numpy arrays, and refuses every other by name. The sizes that a pickle
+states, which numpy's own functions would trust, are checked first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = "?bBhHiIlLqQefdgFDGSUO"  # of dtype, that a pickle may have: numbers, st
 
 
 def load_pickle(path: Path) -> Any:
-    """What a `.pkl` file holds.
+    """Read a `.pkl` file.
 
     Strings of Python 2 are read as Latin-1, as the datasets' own readers do. Raises `UserError`
     where the file cannot be read, is broken, or holds more than plain data.
@@ -35,7 +35,7 @@ def load_pickle(path: Path) -> Any:
 
 
 def load_npy(path: Path) -> np.ndarray:
-    """The array in a `.npy` file, of objects too.
+    """Read the array in a `.npy` file, which may hold objects.
 
     Raises `UserError` where the file cannot be read, is broken, or holds more than plain data.
     """
@@ -49,7 +49,7 @@ def load_npy(path: Path) -> np.ndarray:
                 return npy.read_array(file, allow_pickle=False)
         # A broken header or a short file raises almost anything.
         except Exception as error:
-            raise UserError(f"{path} is not a whole .npy file; fetch it again") from error
+            raise UserError(f"{path} is not a complete .npy file; fetch it again") from error
         array = _unpickle(file, path)
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} is an .npy file without an array; fetch it again")
@@ -71,7 +71,7 @@ def _unpickle(file: BinaryIO, path: Path) -> Any:
         raise
     # A broken pickle raises almost anything.
     except Exception as error:
-        raise UserError(f"{path} is not a whole pickle of plain data; fetch it again") from error
+        raise UserError(f"{path} is not a complete pickle of plain data; fetch it again") from error
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -92,7 +92,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _Dtype:
-    """Stands for a `np.dtype` while a pickle is read; of its state only the byte order counts."""
+    """Stand-in for `np.dtype` while a pickle is read; of its state only the byte order counts."""
 
     def __init__(self, code: str, *_: Any):
         self.dtype = np.dtype(code)

@@ -1,7 +1,7 @@
-"""The embedded stories: five drawn frames with a sentence each, a function of (seed, index, split).
+"""Synthetic stories: five rendered frames with a sentence each, given (seed, index, split).
 
 Six characters that differ in colour and shape meet in four scenes. Characters, their places and
-the scene persist from frame to frame; a pose lasts one frame. A later sentence may tell everything
+the scene persist from frame to frame; a pose lasts one frame. A later sentence may state everything
 again ("mia waves a hand on the beach while otto watches .") or only what changes ("she waves a
 hand ."), and then only the other sentences say who else is there, where, and in which scene:
 
@@ -33,7 +33,7 @@ TOKENIZER_DIR = Path(__file__).with_name("shapes_tokenizer")
 
 
 class Character(NamedTuple):
-    """Colour and shape are each enough to tell a character from the others."""
+    """A character; colour and shape each distinguish it from the others."""
 
     pronoun: Literal["she", "he"]
     shape: Literal["circle", "square", "star", "triangle", "diamond", "cross"]
@@ -76,7 +76,7 @@ AND, THEY = " and ", "they"
 
 RETOLD_SHARE = 0.4  # of later frames: names everybody and the scene again
 PRONOUN_SHARE = 0.75  # of the others, where a pronoun is clear
-TEST_SHARE = 8  # one storyline in this many is held out
+TEST_SHARE = 8  # one story in this many is held out
 
 
 def vocabulary() -> list[str]:
@@ -89,18 +89,18 @@ def vocabulary() -> list[str]:
     return sorted({word for word in words if not word.startswith("{")})
 
 
-# ----------------------------------------------------------------------------- storylines
+# -------------------------------------------------------------------------------- stories
 
 
 class Figure(NamedTuple):
-    """Where a character is in a frame, and how."""
+    """Place and pose of a character in a frame."""
 
     place: Place
     pose: Pose
 
 
 class Shot(NamedTuple):
-    """One frame before it is drawn."""
+    """One frame before it is rendered."""
 
     sentence: str
     figures: dict[str, Figure]
@@ -116,9 +116,9 @@ class Storyline(NamedTuple):
 
 
 def split_of(storyline: Storyline) -> str:
-    """The split that a storyline belongs to: a hash of its scene and who does what in each frame.
+    """The split of a story, from a hash of its scene and who does what in each frame.
 
-    Places and wording do not count: training has a test storyline neither retold nor mirrored.
+    Places and wording do not count: training has no retold or mirrored test story.
     """
     deeds = [
         sorted((name, figure.pose) for name, figure in shot.figures.items())
@@ -129,7 +129,7 @@ def split_of(storyline: Storyline) -> str:
 
 
 def storyline(seed: int, index: int, split: str) -> Storyline:
-    """What happens in `story(seed, index, split)`. Raises ValueError for an unknown split."""
+    """The events of `story(seed, index, split)`. Raises ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     rng = random.Random(f"{seed}/{split}/{index}")
@@ -212,7 +212,7 @@ def _continue(
 
 
 def story(seed: int, index: int, split: str, size: int = 32) -> Example:
-    """One story in pictures of `size` x `size` pixels: the same for the same arguments, always.
+    """One story in images of `size` x `size` pixels, determined by the arguments.
 
     Raises ValueError for an unknown split.
     """
@@ -248,10 +248,10 @@ class ShapesSource:
         return f"ShapesSource(seed={self.seed}, split={self.split!r}, size={self.size})"
 
 
-# ----------------------------------------------------------------------------- pictures
-# A picture is one cached backdrop under one cached layer for each character, so that drawing is a
+# ------------------------------------------------------------------------------- images
+# An image is one cached backdrop under one cached layer for each character, so that rendering is a
 # few blends. Both are painted without anti-aliasing on a finer grid and averaged down. Lengths are
-# parts of the picture's side, y downwards; places fall on whole pixels at 32, 48 and 64.
+# fractions of the image's side, y downwards; places fall on integer pixels at 32, 48 and 64.
 
 SUPERSAMPLING = 4  # per side
 RADIUS = 0.15  # of a character: less than half the way between two places
@@ -267,7 +267,7 @@ Mask = Bool[np.ndarray, "h w"]
 def draw(
     scene: str, figures: Mapping[str, Figure], turn: int, size: int
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """One frame: `scene` turned sideways by `turn` eighths, and the figures before it."""
+    """Render one frame: `scene` turned sideways by `turn` eighths, and the figures before it."""
     picture = np.roll(draw_scene(scene, size), turn * size // TURNS, axis=1)
     for name, figure in figures.items():
         paint, cover = draw_figure(name, figure, size)
@@ -293,7 +293,7 @@ def _average_down(fine: Float[np.ndarray, "_ _ c"]) -> Float32[np.ndarray, "h w 
 def draw_figure(
     name: str, figure: Figure, size: int
 ) -> tuple[Float32[np.ndarray, "h w 3"], Float32[np.ndarray, "h w 1"]]:
-    """A character and its shadow: colour times opacity, and opacity, 0-255 and 0-1."""
+    """Render a character and its shadow: colour times opacity, and opacity, 0-255 and 0-1."""
     x, y = _grid(size)
     canvas = np.zeros((*x.shape, 4))
 
@@ -344,9 +344,15 @@ SHAPES: dict[str, Callable[[Grid, Grid], Mask]] = {
 }
 
 
+def _scatter(x: Grid, y: Grid, count: int, top: float, bottom: float) -> list[tuple[Grid, Grid]]:
+    """Offsets from `count` evenly strewn points (the R2 sequence) between two heights."""
+    points = [(0.7549 * i % 1, top + (0.5698 * i % 1) * (bottom - top)) for i in range(count)]
+    return [((x - px + 0.5) % 1 - 0.5, y - py) for px, py in points]
+
+
 @functools.cache
 def draw_scene(scene: str, size: int) -> Float32[np.ndarray, "h w 3"]:
-    """A scene without characters, periodic in x. Raises ValueError for an unknown one."""
+    """Render a scene without characters, periodic in x. Raises ValueError for an unknown one."""
     if scene not in SCENES:
         raise ValueError(f"scene must be one of {', '.join(SCENES)}; got {scene!r}")
     x, y = _grid(size)
@@ -358,10 +364,7 @@ def draw_scene(scene: str, size: int) -> Float32[np.ndarray, "h w 3"]:
     def wave(times: int, phase: float = 0.0) -> Grid:
         return np.sin(2 * np.pi * (times * x + phase))
 
-    def scatter(count: int, top: float, bottom: float) -> list[tuple[Grid, Grid]]:
-        """Offsets from `count` evenly strewn points (the R2 sequence) between two heights."""
-        points = [(0.7549 * i % 1, top + (0.5698 * i % 1) * (bottom - top)) for i in range(count)]
-        return [((x - px + 0.5) % 1 - 0.5, y - py) for px, py in points]
+    scatter = functools.partial(_scatter, x, y)
 
     match scene:
         case "meadow":

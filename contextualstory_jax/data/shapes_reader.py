@@ -1,11 +1,11 @@
-"""Reads the embedded stories' pictures, drawn or generated: which characters, in which scene.
+"""Reader of synthetic stories' images, rendered or generated: which characters and scene.
 
 A character is present where the pixels near its colour form its outline: the best cosine
-similarity, over all positions, of that mask with the mask of the character as drawn, standing or
-asleep, sharp or blurred. On drawn frames it is at least 0.88 for whom they show and at most 0.6 for
-others; `PRESENT` lies between, so that noise of 15 to 25 grey levels and a blur of up to a fortieth
-of the side still read right, while noise, specks and smears are nobody. Mostly the colour tells
-who it is: a red square fits a circle well enough, an orange cross no triangle.
+similarity, over all positions, of that mask with the mask of the character as rendered, standing
+or asleep, sharp or blurred. On rendered frames it is at least 0.88 for characters they show and at
+most 0.6 for others; `PRESENT` lies between, so that noise of 15 to 25 grey levels and a blur of up
+to a fortieth of the side are still read correctly, while noise, specks and smears are no character.
+Mostly the colour decides: a red square fits a circle well enough, an orange cross no triangle.
 
 The scene is the one whose rows have the nearest colours, if any is near.
 """
@@ -24,28 +24,28 @@ from contextualstory_jax.data.shapes import CAST, RADIUS, SCENES, Figure, draw_f
 NEAR, FAR = 50.0, 95.0  # RGB distances (0-255) up to which a pixel surely, and at all, has a colour
 PRESENT = 0.72  # cosine similarity
 MARGIN = 0.06  # of the side, around a body, where its colour counts against it
-BLUR = 0.025  # of the side: the softness a shape is still told by
+BLUR = 0.025  # of the side: the blur at which a shape is still recognised
 SCENE_CAP = 120.0  # RGB distance; farther pixels, such as a character's, count as this far
-SCENE_LIMIT = 75.0  # mean RGB distance beyond which a picture shows none of the scenes
-GREY = 128.0  # a ground unlike any character, to draw outlines on
+SCENE_LIMIT = 75.0  # mean RGB distance beyond which an image shows none of the scenes
+GREY = 128.0  # a background unlike any character, to render outlines on
 
 COLOURS = np.array([character.colour for character in CAST.values()], np.float32)
 
 
 class FrameReading(NamedTuple):
-    """What a picture shows; `scene` is None when it is like none of them."""
+    """Content of an image; `scene` is None where none is near."""
 
     characters: frozenset[str]
     scene: str | None
 
 
 def read_frame(image: UInt8[np.ndarray, "h h 3"]) -> FrameReading:
-    """Read one square picture."""
+    """Read one square image."""
     return read_frames(image[None])[0]
 
 
 def read_frames(images: UInt8[np.ndarray, "n h h 3"]) -> list[FrameReading]:
-    """Read square pictures of 32 pixels or more a side."""
+    """Read square images of 32 pixels or more a side."""
     present = _outline_fit(images) > PRESENT
     scenes = _scene_distances(images)
     names, places = np.array(list(CAST)), list(SCENES)
@@ -59,7 +59,7 @@ def read_frames(images: UInt8[np.ndarray, "n h h 3"]) -> list[FrameReading]:
 
 
 def _outline_fit(images: UInt8[np.ndarray, "n h h 3"]) -> Float32[np.ndarray, "n k"]:
-    """Best cosine similarity, over positions and looks, of colour masks with drawn characters."""
+    """Best cosine similarity of colour masks with rendered characters, over positions and looks."""
     size = images.shape[1]
     outlines = _outlines(size)
     half = outlines.shape[-1] // 2
@@ -119,7 +119,7 @@ def _outlines(size: int) -> Float32[np.ndarray, "k look h w"]:
 
 
 def _scene_distances(images: UInt8[np.ndarray, "n h h 3"]) -> Float32[np.ndarray, "n s"]:
-    """Mean capped RGB distance of each picture's pixels from the mean colour of their row."""
+    """Mean capped RGB distance of each image's pixels from the mean colour of their row."""
     size = images.shape[1]
     far = np.empty((len(images), len(SCENES)), np.float32)
     for column, scene in enumerate(SCENES):

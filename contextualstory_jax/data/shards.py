@@ -1,6 +1,6 @@
-"""Writing a prepared dataset: shards, a note beside each of what it holds, and the folder of work.
+"""Writer of a prepared dataset: shards, a note on the contents of each, and the work folder.
 
-Shards of pictures are written by several processes into `OUT.partial`, each under its name once it
+Shards of images are written by several processes into `OUT.partial`, each under its name once it
 is complete and with a note beside it, so that a run that was stopped resumes. The folder gets its
 name when everything is in it.
 """
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
     from contextualstory_jax.data.tfds_builders import PictureShard, Rows, StoryBuilder
 
-OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; why raw: `builders.py`
-DATASET = "dataset"  # in the folder of work: what gets its name at the end
+OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; why raw: `tfds_builders.py`
+DATASET = "dataset"  # in the work folder: renamed to `OUT` at the end
 
 
 class _Note(NamedTuple):
-    """Contents of a shard: the number of records of each file, and of broken ones what is wrong.
+    """Contents of a shard: the number of records of each file, and what is wrong with broken ones.
 
     `remarks` are those of its process so far, which the first process logs. `stamps` are the
     files' sizes and times of change when they were read.
@@ -53,7 +53,7 @@ class _Note(NamedTuple):
 def write_pictures(
     builder: StoryBuilder, work: Path, workers: int, progress: Callable[[int, int], object]
 ) -> tuple[dict[Path, Rows], dict[Path, str]]:
-    """Write the shards that are not there yet: where each file's pictures are; what is broken."""
+    """Write the missing shards; return the rows of each file's images, and the broken files."""
     from contextualstory_jax.data.tfds_builders import Rows
 
     folder, shards = work / DATASET / PICTURES, builder.shards[PICTURES]
@@ -119,8 +119,8 @@ def _run(tasks: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, _Not
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that wrote shards was killed, for want of memory perhaps; run again, with "
-            "fewer workers, to go on"
+            "a process that wrote shards was killed, perhaps out of memory; run again, with "
+            "fewer workers, to resume"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -142,7 +142,7 @@ def _start_worker() -> None:
 def _write_shard(
     number: int, shard: PictureShard, features: tfds.features.FeaturesDict, path: Path
 ) -> tuple[int, _Note]:
-    """Write one shard of pictures, and then its note."""
+    """Write one shard of images, and then its note."""
     from contextualstory_jax.data.tfds_builders import picture_serializer
 
     note = _Note([], {}, images.remarks, [])
@@ -192,7 +192,7 @@ def _read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _writer(path: Path) -> Iterator[Callable[[bytes], object]]:
-    """A function that appends to a shard, which gets its name when it is whole."""
+    """A function that appends to a shard, which gets its name when it is complete."""
     with _replacing(path) as temporary:
         writer = ArrayRecordWriter(str(temporary), OPTIONS)
         yield writer.write
@@ -206,7 +206,7 @@ def _write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write at, which then takes the place of another. Raises `UserError` on failure."""
+    """A temporary path that then replaces `path`. Raises `UserError` on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,14 +216,14 @@ def _replacing(path: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot write {path} ({reason}); make room, and run again to go on"
+            f"cannot write {path} ({reason}); make room, and run again to resume"
         ) from error
 
 
 @contextlib.contextmanager
 def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """The folder in which `out` comes to be, this process's own: what an earlier run with the same
-    plan left in it is kept."""
+    """The locked folder in which `out` is built; files of an earlier run with the same plan are
+    kept."""
     work = out.with_name(f"{out.name}.partial")
     try:
         work.mkdir(parents=True, exist_ok=True)

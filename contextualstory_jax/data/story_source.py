@@ -1,4 +1,4 @@
-"""What a dataset on disk says of its stories before a picture is read, and the splits they form.
+"""Stories of a dataset on disk, before an image is read, and the splits they form.
 
 Two policies say which stories a split has:
 
@@ -39,7 +39,7 @@ OWNERS = ("test", "train", "val")  # of a frame, under `strict`: the first that 
 
 @dataclasses.dataclass(frozen=True)
 class StoryRecord:
-    """One story without its pictures: `story_id` and `frame_ids` are those of its `Example`.
+    """One story without its images: `story_id` and `frame_ids` are those of its `Example`.
 
     `source_id` and `source_frame_ids` are the dataset's own, and may hold slashes; overlapping
     stories share frames, and so the latter.
@@ -57,12 +57,12 @@ class StoryRecord:
 class StorySource(ABC):
     """The stories of one split of a dataset on disk, as a random-access source (grain's protocol).
 
-    Where a frame has several pictures, `source[i]` and `example(i, epoch)` take one of them: in the
-    training split by (seed, epoch, story, frame), in the others always the same. Pictures are
+    Where a frame has several images, `source[i]` and `example(i, epoch)` take one of them: in the
+    training split by (seed, epoch, story, frame), in the others always the same. Images are
     squares of `size` pixels; pickling a source is cheap, so that workers can have their own.
 
-    `counts` says how many stories each split of the dataset has; `test_fraction` how large a part
-    of them is held out as the test split, None where the dataset names its splits; `notes` are
+    `counts` is the number of stories in each split of the dataset; `test_fraction` the fraction of
+    them that is held out as the test split, None where the dataset names its splits; `notes` are
     sentences about the splits for the user.
     """
 
@@ -72,7 +72,7 @@ class StorySource(ABC):
 
     def __init__(self, split: str, size: int, seed: int):
         require(split in SPLITS, f"split must be one of {', '.join(SPLITS)}; got {split!r}")
-        require(size >= 1, f"pictures must be at least 1 pixel wide; got size = {size}")
+        require(size >= 1, f"images must be at least 1 pixel wide; got size = {size}")
         self.split, self.size, self.seed = split, size, seed
 
     @abstractmethod
@@ -80,11 +80,11 @@ class StorySource(ABC):
 
     @abstractmethod
     def story(self, index: SupportsIndex) -> StoryRecord:
-        """Story `index` without reading its pictures. Raises IndexError past the last."""
+        """Story `index` without reading its images. Raises IndexError past the last."""
 
     @abstractmethod
     def picture(self, path: Path, choice: int = 0) -> Image.Image:
-        """The picture at `path`, or the one of several that a large number chooses, in RGB.
+        """The image at `path`, or the one of several that a large number chooses, in RGB.
 
         Raises `UserError` where it is missing or broken.
         """
@@ -92,7 +92,7 @@ class StorySource(ABC):
     def example(self, index: SupportsIndex, epoch: int = 0) -> Example:
         """Story `index` as training sees it in an epoch.
 
-        Raises IndexError past the last story, `UserError` for a picture that cannot be read.
+        Raises IndexError past the last story, `UserError` for an image that cannot be read.
         """
         record = self.story(index)
         choices = self.choices(record.frame_ids, epoch)
@@ -105,7 +105,7 @@ class StorySource(ABC):
         )
 
     def choices(self, frame_ids: Iterable[str], epoch: int = 0) -> list[int]:
-        """What `example` hands to `picture` for each frame: numbers below 2**64."""
+        """The `choice` that `example` passes to `picture` for each frame, below 2**64."""
         draw = f"{self.seed}/{epoch}" if self.split == "train" else "fixed"
         return [_hash(f"{draw}/{frame_id}") for frame_id in frame_ids]
 
@@ -136,7 +136,7 @@ class WindowSource(StorySource):
 
     @abstractmethod
     def frame(self, frame_id: str) -> tuple[str, FrameLabels | None, Path]:
-        """Sentence, labels (of every frame or of none) and picture of a frame."""
+        """Sentence, labels (of every frame or of none) and image path of a frame."""
 
     def story(self, index: SupportsIndex) -> StoryRecord:
         window = self.windows[self._number(index)]

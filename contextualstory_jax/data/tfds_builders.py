@@ -2,10 +2,10 @@
 `story_folder`.
 
 Each has two configs, because overlapping stories share frames, and a frame may have several
-pictures to choose from: `pictures` has every picture once; `stories` has the splits, and of each
-frame the rows of its pictures.
+images to choose from: `pictures` has every image once; `stories` has the splits, and of each frame
+the rows of its images.
 
-Pictures are raw bytes. The fastest compression, zstd 1, would take a quarter to a third off, and
+Images are raw bytes. The fastest compression, zstd 1, would take a quarter to a third off, and
 half the time that decoding and resizing took before; PNG would take more than twice that time
 (`scripts/benchmark_data.py`).
 
@@ -36,7 +36,7 @@ Record = dict[str, Any]
 
 
 class Rows(NamedTuple):
-    """Where in `pictures` those of one file are."""
+    """The rows in `pictures` of one file's images."""
 
     first: int
     count: int
@@ -44,14 +44,14 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PictureShard:
-    """The pictures in some files; `read` gives all that a file has, in the order of choice."""
+    """The images in some files; `read` gives all that a file has, in the order of choice."""
 
     paths: tuple[Path, ...]
     read: Callable[[Path], list[Image.Image]]
     size: int
 
     def records(self, path: Path) -> list[Record]:
-        """Those of one file. Raises `UserError` where it is missing or broken."""
+        """The records of one file. Raises `UserError` where it is missing or broken."""
         return [{"picture": fit_square(picture, self.size)} for picture in self.read(path)]
 
     def __call__(self) -> Iterator[tuple[int, Record]]:
@@ -60,7 +60,7 @@ class PictureShard:
 
 @dataclasses.dataclass(frozen=True)
 class StoryShard:
-    """Some stories, and where the pictures of their files are."""
+    """Some stories, and the rows of the images in their files."""
 
     stories: Sequence[StoryRecord]
     rows: Mapping[Path, Rows]
@@ -104,9 +104,9 @@ def _features(kind: str, size: int) -> tfds.features.FeaturesDict:
 def picture_serializer(
     features: tfds.features.FeaturesDict, size: int
 ) -> Callable[[UInt8[np.ndarray, "h w 3"]], bytes]:
-    """What `serialize_example` makes of a picture, without the time it takes over its messages.
+    """A fast `serialize_example` for images, without the time it spends on its messages.
 
-    All that is before the pixels, which come last, is the same in every record.
+    The bytes before the pixels, which come last, are the same in every record.
     """
     blank = np.zeros((size, size, 3), np.uint8)
     head = features.serialize_example({"picture": blank})[: -blank.nbytes]
@@ -114,14 +114,14 @@ def picture_serializer(
 
 
 class _LocalInfo(tfds.core.DatasetInfo):
-    """Dataset information that is nowhere but on this machine."""
+    """Dataset information that exists on this machine only."""
 
     def initialize_from_bucket(self) -> None:
         """Do nothing: the base class asks a public bucket, and leaves a temporary folder behind."""
 
 
 class StoryBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """The pictures or the stories of a dataset, in given shards of each split."""
+    """The images or the stories of a dataset, in given shards of each split."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
@@ -162,7 +162,7 @@ class StoryBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         ]
 
     def write_info(self, folder: Path, lengths: Mapping[str, Sequence[int]]) -> None:
-        """Write what makes a dataset of a folder whose shards have so many records."""
+        """Write the dataset info of a folder whose shards have `lengths` records."""
         splits = [
             tfds.core.SplitInfo(
                 name=split,

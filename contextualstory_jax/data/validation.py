@@ -1,4 +1,4 @@
-"""What is wrong with the stories of a dataset, found without stopping at the first."""
+"""Checks of a dataset's stories that find all problems, not only the first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextualstory_jax.utils.errors import UserError
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, the story (by index in its source) it was first met in, in words."""
+    """One problem: its kind, the first story (index in its source) that has it, and a message."""
 
     kind: Literal["duplicate id", "missing picture", "unreadable picture", "long caption"]
     story: int
@@ -22,10 +22,12 @@ class Finding(NamedTuple):
 def problems(
     source: StorySource, token_count: Callable[[str], int], most: int = 77
 ) -> Iterator[Finding]:
-    """Everything wrong with a source's stories, as it is found; every picture is decoded once.
+    """Everything wrong with a source's stories, as it is found; every image is decoded once.
 
-    Args: `token_count`, of a caption, start and end included; of more than `most` the model reads
-    the beginning.
+    Args:
+        source: Stories to check.
+        token_count: Number of tokens of a caption, start and end included.
+        most: Number of tokens that the model reads, from the beginning of a caption.
     """
     places: dict[str, int] = {}
     pictures: set[Path] = set()

@@ -48,7 +48,7 @@ def make_frameinit(
 def low_pass_filter(
     config: FrameInitConfig, shape: tuple[int, int, int]
 ) -> Float64[np.ndarray, "f p q"]:
-    """How much of each frequency passes, 0 to 1, with frequency 0 at index n // 2 of an axis.
+    """Share of each frequency that passes, 0 to 1, with frequency 0 at index n // 2 of an axis.
 
     `spatial` and `temporal` are stop frequencies, 1 being the highest; where either is 0 nothing
     passes. Source: reference frameinit_utils.py get_freq_filter.

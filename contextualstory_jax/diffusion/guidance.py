@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 
 def num_branches(guidance_scale: float, image_guidance_scale: float) -> int:
-    """How many predictions a step needs: 1 for no guidance, 2 for text, 3 for both.
+    """Number of predictions that a step needs: 1 for no guidance, 2 for text, 3 for both.
 
     A scale up to 1 asks for no guidance of its kind.
     """

@@ -1,4 +1,4 @@
-"""What the network is asked to predict, and how far off it is."""
+"""Training targets, loss weights and losses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def training_target(
     noise: Float[Array, "b ..."],
     t: Int[Array, "b"],
 ) -> Float[Array, "b ..."]:
-    """The right answer for the noisy latents of timesteps `t`: noise, velocity or clean latents."""
+    """The target for the noisy latents of timesteps `t`: noise, velocity or clean latents."""
     if schedule.prediction_type == "epsilon":
         return noise
     if schedule.prediction_type == "sample":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import jax
@@ -11,10 +12,19 @@ from jaxtyping import Array, Float, Key
 from contextualstory_jax.config.model_config import NoiseConfig
 
 
+def story_key(seed: int, story_id: str) -> Key[Array, ""]:
+    """The key of everything random about a story: of the seed and the story's id alone."""
+    digest = hashlib.sha256(story_id.encode()).digest()
+    key = jax.random.key(seed)
+    for word in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, int.from_bytes(word, "big"))
+    return key
+
+
 def story_noise(
     key: Key[Array, ""], shape: tuple[int, int, int, int], config: NoiseConfig
 ) -> Float[Array, "f h w c"]:
-    """Draw noise of shape (f, h, w, c), standard normal in every entry.
+    """Sample noise of shape (f, h, w, c), standard normal in every entry.
 
     Mixed noise correlates any two frames by a^2 / (1 + a^2), with a = `config.alpha`; progressive
     noise correlates frames n apart by (a^2 / (1 + a^2))^(n/2). Map it over one key a story, so that

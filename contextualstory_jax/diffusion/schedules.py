@@ -1,4 +1,4 @@
-"""How much noise each timestep adds, and which timesteps sampling visits.
+"""Noise schedules, and the timesteps that sampling visits.
 
 Tables are float64 numpy, made once from a `SchedulerConfig`; functions of arrays use them in
 float32. With alpha-bar the product of the (1 - beta) up to timestep t, a noisy latent is
@@ -94,7 +94,7 @@ def sampling_timesteps(
 def noise_to_signal(
     config: SchedulerConfig, timesteps: Int64[np.ndarray, "t"] | Float64[np.ndarray, "t"]
 ) -> Float64[np.ndarray, "t"]:
-    """The ratio sigma / signal at each timestep, on a line between whole ones.
+    """The ratio sigma / signal at each timestep, interpolated linearly between integer ones.
 
     Source: diffusers EulerDiscreteScheduler.set_timesteps.
     """
@@ -121,7 +121,7 @@ def velocity(
     noise: Float[Array, "b ..."],
     t: Int[Array, "b"],
 ) -> Float[Array, "b ..."]:
-    """What a v-predicting network learns: signal * noise - sigma * x0. Source: arXiv 2202.00512."""
+    """Target of v-prediction: signal * noise - sigma * x0. Source: arXiv 2202.00512."""
     return _at(schedule.signal, t, x0) * noise - _at(schedule.sigma, t, x0) * x0
 
 

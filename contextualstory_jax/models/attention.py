@@ -82,7 +82,7 @@ def pad_to_tiles(x: Float[Array, "b f h w n k"]) -> Float[Array, "b f p q n k"]:
 
 @functools.cache
 def seta_mask(frames: int, tile_h: int, tile_w: int, *, ring_only: bool) -> Bool[np.ndarray, "q s"]:
-    """Which keys of a tile with its halo each query of the tile sees.
+    """Mask of the keys of a tile with its halo that each query of the tile sees.
 
     A query sees its own position in every frame and the 8 ring neighbours in every frame but its
     own: 37 of the 45 tokens that the paper gathers. `ring_only` leaves out the own position.

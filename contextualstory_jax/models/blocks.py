@@ -75,7 +75,7 @@ def resize_first_frame(
 
 
 class Block(nnx.Module):
-    """What the three kinds of block share: their layers and how one layer runs."""
+    """Base of the three kinds of block: their layers and how one layer runs."""
 
     def __init__(
         self,
@@ -91,8 +91,9 @@ class Block(nnx.Module):
     ):
         """Declare the layers.
 
-        Args: `resnets`, channels in and out of each; `heads`, spatial attention heads, None for no
-        attention of either kind.
+        Args:
+            resnets: Channels in and out of each.
+            heads: Spatial attention heads; None for no attention of either kind.
         """
         self.remat: Remat = remat
         channels = resnets[-1][1]
@@ -116,7 +117,7 @@ class Block(nnx.Module):
 
     @staticmethod
     def num_attentions(resnets: int) -> int:
-        """Attention layers beside so many resnets."""
+        """Number of attention layers beside `resnets` resnets."""
         return resnets
 
     def text_keys_values(self, text: Float[Array, "b f l d"]) -> TextKeysValues:
@@ -124,7 +125,7 @@ class Block(nnx.Module):
         return [attention.text_keys_values(text) for attention in self.attentions]
 
     def time_shifts(self, temb: Float[Array, "b f t"]) -> list[Float[Array, "b f _"]]:
-        """What the time embedding adds in each resnet."""
+        """Shift that the time embedding adds in each resnet."""
         return [resnet.time_shift(temb) for resnet in self.resnets]
 
     def put_first_frame(
@@ -156,7 +157,7 @@ class Block(nnx.Module):
         return self._recomputed(lambda x: self.tempo_attns[i](x))(x) if self.tempo_attns else x
 
     def _recomputed(self, layer: Callable[..., Array]) -> Callable[..., Array]:
-        """The layer, with what `remat` says computed again in the backward pass."""
+        """The layer, rematerialised in the backward pass as `remat` says."""
         if self.remat == "none":
             return layer
         return jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat])
@@ -192,7 +193,7 @@ class DownBlock(Block):
         shifts: list[Float[Array, "#b f _"]],
         text: TextKeysValues,
     ) -> tuple[Array, list[Array]]:
-        """Returns the output and the skip connections, in the order they were made."""
+        """Return the output and the skip connections, in the order they were made."""
         skips = []
         for i in range(len(self.resnets)):
             x = self.attend(i, self.convolve(i, x, shifts), text, self.see_first_frame)
@@ -276,7 +277,7 @@ class UpBlock(Block):
         shifts: list[Float[Array, "#b f _"]],
         text: TextKeysValues,
     ) -> Array:
-        """Consumes skip connections from the end of `skips`."""
+        """Consume skip connections from the end of `skips`."""
         for i in range(len(self.resnets)):
             x = jnp.concatenate([x, per_branch(skips.pop(), x)], axis=-1)
             x = self.attend(i, self.convolve(i, x, shifts), text, self.see_first_frame)

@@ -1,4 +1,4 @@
-"""CLIP's text tower: token ids to the last hidden states that condition the UNet.
+"""CLIP's text encoder: token ids to the last hidden states that condition the UNet.
 
 Modules nest and are named as in published checkpoints. There is no pooled output: nothing uses it.
 """
@@ -24,7 +24,7 @@ class TextEmbeddings(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig):
         width = config.hidden_size
-        # Only a tower trained from scratch sees these: with CLIP's 0.02 its words would drown in
+        # Only an encoder trained from scratch sees these: with CLIP's 0.02 its words would drown in
         # the unit-scale outputs of its own fresh attention.
         self.token_embedding = embed(config.vocab_size, width, 1.0)
         self.position_embedding = embed(config.max_position_embeddings, width, 0.1)
@@ -130,6 +130,6 @@ class CLIPTextModel(nnx.Module):
         """Encode token ids, padding included. Raises ValueError for more tokens than positions."""
         if ids.shape[1] > self.max_length:
             raise ValueError(
-                f"{ids.shape[1]} tokens, but the text tower has {self.max_length} positions"
+                f"{ids.shape[1]} tokens, but the text encoder has {self.max_length} positions"
             )
         return self.text_model(ids)

@@ -1,4 +1,4 @@
-"""How many floating-point operations a model of any size takes, and how many a device can do.
+"""Floating-point operations of a model of any size, and peak rates of devices.
 
 A multiply-add is two operations; norms, softmax, activations and residuals are none. Counted is the
 work that the method needs, however it is computed, so that a share of a device's peak means the
@@ -7,7 +7,7 @@ same for every implementation:
 - SETA projects keys and values once per pixel, and a query sees `9 f - 8` keys, though the tiles
   compute masked ones as well;
 - a temporal convolution over f frames has `3 f - 2` taps, none on the padding at the ends; the 3x3
-  convolutions of pictures count all nine at the borders;
+  convolutions of images count all nine at the borders;
 - what does not depend on the denoising step is work of the story: contextualizer, keys and values
   of the text, StoryFlow; what depends on weights alone (projected frame positions) is none.
 
@@ -28,7 +28,7 @@ from contextualstory_jax.models.story_model import StoryModel
 
 
 class Device(NamedTuple):
-    """What a device can do at best."""
+    """Peak rates of a device."""
 
     flops: float  # operations a second, dense bfloat16
     hbm_bytes: float
@@ -92,7 +92,7 @@ def layers(unet: UNetConfig) -> Iterator[Layer]:
 
 
 def dense(positions: int, channels_in: int, channels: int, taps: int = 1) -> int:
-    """A linear map at every position, or a convolution of so many taps."""
+    """A linear map at every position, or a convolution of `taps` taps."""
     return 2 * positions * channels_in * channels * taps
 
 
@@ -151,7 +151,7 @@ def unet_flops(config: ModelConfig) -> Counter[str]:
 
 
 def _transformers(config: ModelConfig, layer: Layer, frame: int) -> Counter[str]:
-    """The spatial and the temporal transformer of a layer, over frames of so many pixels."""
+    """The spatial and the temporal transformer of a layer, over frames of `frame` pixels."""
     unet, frames, c = config.unet, config.unet.n_frames, layer.channels
     blocks, tokens = unet.transformer_layers_per_block, frames * frame
     projections = 4 * dense(tokens, c, c)  # queries, keys, values, output
@@ -180,7 +180,7 @@ def _transformers(config: ModelConfig, layer: Layer, frame: int) -> Counter[str]
 
 
 def storyline_flops(config: ModelConfig) -> Counter[str]:
-    """What the UNet does once for a story, from the text tower's output on."""
+    """UNet work done once for a story, from the text encoder's output on."""
     unet, frames = config.unet, config.unet.n_frames
     tokens, width = frames * config.text_encoder.max_position_embeddings, unet.cross_attention_dim
     parts: Counter[str] = Counter()
@@ -200,7 +200,7 @@ def storyline_flops(config: ModelConfig) -> Counter[str]:
 
 
 def text_tower_flops(config: ModelConfig) -> int:
-    """The text tower on one sentence, padding included."""
+    """The text encoder on one sentence, padding included."""
     tower, tokens = config.text_encoder, config.text_encoder.max_position_embeddings
     width, inner = tower.hidden_size, tower.intermediate_size
     return tower.num_hidden_layers * (
@@ -218,7 +218,7 @@ def _codec_mid(pixels: int, channels: int) -> int:
 
 
 def encoder_flops(config: ModelConfig) -> int:
-    """The picture codec's encoder on one frame."""
+    """The VAE's encoder on one frame."""
     vae = config.vae
     if isinstance(vae, SpaceToDepthConfig):
         return 0
@@ -236,7 +236,7 @@ def encoder_flops(config: ModelConfig) -> int:
 
 
 def decoder_flops(config: ModelConfig) -> int:
-    """The picture codec's decoder on one frame."""
+    """The VAE's decoder on one frame."""
     vae = config.vae
     if isinstance(vae, SpaceToDepthConfig):
         return 0
@@ -256,8 +256,8 @@ def training_step_flops(config: TrainConfig) -> Counter[str]:
     """One optimizer step on all devices together, by network.
 
     A backward pass is twice the forward one. The UNet has one, whichever of its parameters are
-    trained; codec and text tower where any of theirs are. What rematerialisation computes again
-    does not count, and with a latent cache neither codec nor text tower runs.
+    trained; VAE and text encoder where any of theirs are. What rematerialisation computes again
+    does not count, and with a latent cache neither VAE nor text encoder runs.
     """
     model, stories = config.model, config.batch_size
     frames = model.unet.n_frames
@@ -265,7 +265,7 @@ def training_step_flops(config: TrainConfig) -> Counter[str]:
     forward = Counter({"unet": stories * once})
     if config.data.latents is None:
         forward["vae"] = stories * frames * encoder_flops(model)
-        # Each micro-batch encodes the empty sentence anew.
+        # Each micro-batch encodes the empty sentence again.
         sentences = stories * frames + config.accumulation_steps
         forward["text_encoder"] = sentences * text_tower_flops(model)
     shapes = StoryModel(model).shapes
@@ -279,10 +279,14 @@ def training_step_flops(config: TrainConfig) -> Counter[str]:
 
 
 def drawing_flops(config: ModelConfig, steps: int, branches: int) -> Counter[str]:
-    """One story from its sentences to its pictures.
+    """One story from its sentences to its images.
 
-    Args: `steps`, predictions that the solver asks for; `branches`, predictions that guidance joins
-    (`num_branches`). The null text is not counted: it is the same for all stories.
+    The null text is not counted: it is the same for all stories.
+
+    Args:
+        config: The model.
+        steps: Predictions that the solver asks for.
+        branches: Predictions that guidance joins (`num_branches`).
     """
     frames = config.unet.n_frames
     return Counter(

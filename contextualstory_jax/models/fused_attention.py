@@ -23,7 +23,7 @@ class _Place(NamedTuple):
     split: PartitionSpec  # of queries, keys and values, `b s n k`
 
     def ways(self, axis: int) -> int:
-        """Into how many parts an axis is split."""
+        """Number of parts that an axis is split into."""
         names = self.split[axis]
         names = names if isinstance(names, tuple) else (names,)
         return math.prod(self.mesh.shape[name] for name in names)
@@ -36,7 +36,9 @@ _place: ContextVar[_Place | None] = ContextVar("attention_place", default=None)
 def attention_on(mesh: Mesh | AbstractMesh, split: PartitionSpec) -> Iterator[None]:
     """Name the devices that a program is traced for, which may be absent; also a decorator.
 
-    Args: `split`, the mesh axes of the batch and of the heads of `b s n k`.
+    Args:
+        mesh: The devices.
+        split: The mesh axes of the batch and of the heads of `b s n k`.
     """
     token = _place.set(_Place(mesh, split))
     try:

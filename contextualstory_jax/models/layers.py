@@ -2,10 +2,10 @@
 
 They are Flax NNX's, with PyTorch's initialisers and each numerical choice written out.
 
-Modules declare their parameters (shape and initialiser) and draw none, so that building a network
-of any size costs milliseconds and no memory. Layout is channels-last. Parameters are float32; a
-network computes in the dtype its parameters were cast to when bound (`network.py`), so that no
-layer carries a dtype. Norms and softmax reduce in float32.
+Modules declare their parameters (shape and initialiser) and initialise none, so that building a
+network of any size costs milliseconds and no memory. Layout is channels-last. Parameters are
+float32; a network computes in the dtype its parameters were cast to when bound (`network.py`), so
+that no layer carries a dtype. Norms and softmax reduce in float32.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-# Draws float32 values of a shape. NumPy's generator: nothing to compile, and the same on every
+# Samples float32 values of a shape. NumPy's generator: nothing to compile, and the same on every
 # platform.
 Initialiser = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
 class Declaration(jax.ShapeDtypeStruct):
-    """A parameter to be: its shape, float32, and how its first values are drawn."""
+    """A parameter to be: its shape, float32, and initialiser."""
 
     def __init__(self, shape: tuple[int, ...], initialiser: Initialiser):
         super().__init__(shape, jnp.float32)
@@ -60,12 +60,12 @@ def ones(_: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _declare(initialiser: Initialiser) -> Any:
-    """An initialiser as NNX's layers call it, which declares instead of drawing."""
+    """An initialiser as NNX's layers call it, which declares instead of initialising."""
     return lambda _key, shape, *_dtype, **_sharding: Declaration(shape, initialiser)
 
 
 class _NoKeys:
-    """What NNX's layers ask for keys; a declaration needs none."""
+    """Stand-in for the keys that NNX's layers ask for; a declaration needs none."""
 
     def params(self) -> None: ...
 

@@ -25,8 +25,8 @@ M = TypeVar("M", bound=nnx.Module)
 class Network(Generic[M]):
     """One architecture at one size.
 
-    `shapes` maps each parameter's name to its shape and dtype; `init` draws parameters; `bind`
-    gives the module with parameters in it, ready to be called inside a jitted function.
+    `shapes` maps each parameter's name to its shape and dtype; `init` initialises parameters;
+    `bind` gives the module with parameters in it, ready to be called inside a jitted function.
     """
 
     def __init__(self, make: Callable[[], M]):
@@ -39,7 +39,7 @@ class Network(Generic[M]):
         self.shapes: dict[str, Declaration] = {name: leaves[name][1] for name in self._paths}
 
     def init(self, seed: int) -> Params:
-        """Draw all parameters."""
+        """Initialise all parameters."""
         return {name: self.draw(seed, name) for name in self.shapes}
 
     def draw(self, seed: int, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What looks at one frame at a time: Stable Diffusion's resnet blocks and transformers."""
+"""Layers over one frame at a time: Stable Diffusion's resnet blocks and transformers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ResnetBlock2D(nnx.Module):
         )
 
     def time_shift(self, temb: Float[Array, "b f t"]) -> Float[Array, "b f c"]:
-        """What the time embedding adds to every pixel."""
+        """Shift that the time embedding adds to every pixel."""
         return self.time_emb_proj(jax.nn.silu(temb))
 
     def __call__(

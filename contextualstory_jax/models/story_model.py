@@ -1,4 +1,4 @@
-"""The three networks of a `ModelConfig` as one model: what training and drawing both ask of it.
+"""The three networks of a `ModelConfig` as one model, shared by training and sampling.
 
 Parameters are `{part: {name: array}}` with the parts `unet`, `vae` and `text_encoder`; a
 parameter's full path is `part.name`. Networks compute in the dtype given here; what crosses between
@@ -35,7 +35,13 @@ class StoryModel:
     """Pure functions of parameters; one instance serves any number of weights and devices."""
 
     def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, remat: Remat = "none"):
-        """Args: `dtype` to compute in; `remat`, what a backward pass computes again."""
+        """Declare the networks.
+
+        Args:
+            config: The model.
+            dtype: To compute in.
+            remat: What a backward pass computes again.
+        """
         self.config = config
         self.dtype = dtype
         self.unet = Network(lambda: UNet(config.unet, remat))
@@ -49,18 +55,18 @@ class StoryModel:
         return {part: dict(network.shapes) for part, network in self.networks.items()}
 
     def init(self, seed: int) -> Parts:
-        """Draw all parameters, on the host."""
+        """Initialise all parameters, on the host."""
         return {part: network.init(seed) for part, network in self.networks.items()}
 
     def encode_text(self, params: Parts, ids: Int[Array, "b f l"]) -> Float[Array, "b f l d"]:
-        """Each sentence's tokens through the text tower."""
+        """Each sentence's tokens through the text encoder."""
         tower = self.text_encoder.bind(params["text_encoder"], self.dtype)
         return tower(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
 
     def encode_pictures(
         self, params: Parts, pictures: Real[Array, "b f h w 3"], keys: Key[Array, " b"]
     ) -> Float[Array, "b f p q c"]:
-        """Scaled latents of levels 0 to 255, drawn from the posterior with one key a story."""
+        """Scaled latents of levels 0 to 255, sampled from the posterior with one key a story."""
         return self.sample(self.picture_moments(params, pictures), keys)
 
     def picture_moments(self, params: Parts, pictures: Real[Array, "b f h w 3"]) -> Moments:
@@ -71,7 +77,7 @@ class StoryModel:
         return jax.tree.map(lambda x: x.reshape(b, f, *x.shape[1:]), moments)
 
     def sample(self, moments: Moments, keys: Key[Array, " b"]) -> Float[Array, "b f p q c"]:
-        """Scaled latents drawn from posteriors `b f p q c`, with one key a story."""
+        """Scaled latents sampled from posteriors `b f p q c`, with one key a story."""
         moments = jax.tree.map(lambda x: x.astype(jnp.float32), moments)
         shape = moments.mean.shape[1:]
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
@@ -80,7 +86,7 @@ class StoryModel:
     def decode(
         self, params: Parts, latents: Float[Array, "b f p q c"]
     ) -> UInt8[Array, "b f h w 3"]:
-        """Pictures of scaled latents."""
+        """Images of scaled latents."""
         b, f = latents.shape[:2]
         codec = self.vae.bind(params["vae"], self.dtype)
         flat = latents.reshape(b * f, *latents.shape[2:])
@@ -96,15 +102,15 @@ class StoryModel:
     def text_keys_values(
         self, params: Parts, storyline: Float[Array, "b f l d"]
     ) -> list[TextKeysValues]:
-        """What every step needs of contextualized text, or of null text."""
+        """Cross-attention keys and values of contextualized text, or of null text."""
         return self._unet(params).text_keys_values(storyline.astype(self.dtype))
 
     def time_shifts(
         self, params: Parts, timesteps: Num[Array, " b"], motion: Num[Array, "#b m"]
     ) -> TimeShifts:
-        """What the UNet is told of steps and of scene changes (StoryFlow values)."""
+        """Shifts that condition the UNet on steps and scene changes (StoryFlow values)."""
         unet = self._unet(params)
-        # One picture a frame: the stride is 1, as in the original's recipes.
+        # One image a frame: the stride is 1, as in the original's configs.
         strides = jnp.ones_like(timesteps) if self.config.unet.use_frame_stride_condition else None
         return unet.time_shifts(timesteps, unet.storyflow(motion), strides)
 

@@ -1,4 +1,4 @@
-"""StoryFlow Adapter: tells the UNet how much each frame's scene differs from the one before."""
+"""StoryFlow Adapter: conditions the UNet on the scene change from each frame to the next."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextualstory_jax.models.layers import linear
 
 
 def storyflow(latents: Float[Array, "b f h w c"]) -> Float[Array, "b f-1"]:
-    """How far each frame's scaled latents lie from those of the frame before: L2 norms, float32.
+    """L2 distance of each frame's scaled latents from those of the frame before, float32.
 
     Reference: train.py (motion); paper section "StoryFlow Adapter".
     """

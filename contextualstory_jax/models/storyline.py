@@ -12,7 +12,7 @@ from contextualstory_jax.models.attention import Attention, FeedForward, RotaryE
 from contextualstory_jax.models.layers import layer_norm, parameter, zeros
 
 HEADS = 8  # fixed in the original
-ROTARY_CHANNELS = 32  # of each head, or the whole head where it is narrower
+ROTARY_CHANNELS = 32  # of each head, or all of the head where it is narrower
 
 
 class StorylineAttention(Attention):

@@ -1,4 +1,4 @@
-"""What looks across frames: temporal convolution and transformer, blended in by a learned alpha.
+"""Layers across frames: temporal convolution and transformer, blended in by a learned alpha.
 
 `alpha` is 1 at initialisation, where the temporal branch is silent. The original clamps it, in
 place and to [0, 1], before its use, so that the gradient is that of the clamped value and is not

@@ -13,7 +13,7 @@ from contextualstory_jax.utils.errors import UserError
 
 
 class Tokenizer:
-    """A CLIP tokenizer read from a folder; pads, and truncates, to the text tower's length.
+    """A CLIP tokenizer read from a folder; pads, and truncates, to the text encoder's length.
 
     Raises `UserError` where the folder holds none, or a damaged one.
     """
@@ -28,7 +28,7 @@ class Tokenizer:
         try:
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # the parser, in Rust, raises nothing narrower
-            raise UserError(f"the tokenizer in {folder} is damaged; copy it anew") from error
+            raise UserError(f"the tokenizer in {folder} is damaged; copy it again") from error
 
     def __call__(self, sentences: Sequence[str]) -> Int32[np.ndarray, "n l"]:
         """Token ids, padding included."""

@@ -2,8 +2,8 @@
 
 What does not depend on the noisy latents has calls of its own and is passed in: once per story
 `contextualize` (sentences reading each other), `text_keys_values` (every cross-attention's keys and
-values) and `storyflow` (the embedding of scene changes); for all steps together `time_shifts` (what
-every resnet is told of the step). `__call__` predicts the noise of one step from them.
+values) and `storyflow` (the embedding of scene changes); for all steps together `time_shifts` (the
+conditioning of every resnet on the step). `__call__` predicts the noise of one step from them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from contextualstory_jax.models.storyline import StorylineContextualizer
 
 
 class UNet(nnx.Module):
-    """Predicts the noise (or what `prediction_type` says) of a story's frames at one step.
+    """Predict the noise (or what `prediction_type` says) of a story's frames at one step.
 
     Reference: videoldm_unet.py VideoLDMUNet3DConditionModel; paper section "Method".
     """
@@ -89,7 +89,7 @@ class UNet(nnx.Module):
         storyflow: Float[Array, "#b f c"] | None,
         frame_stride: Int[Array, " b"] | Int[Array, "b f"] | None = None,
     ) -> Float[Array, "b f c"]:
-        """What every resnet block is told: diffusion step, scene change, frame stride."""
+        """Embedding of diffusion step, scene change and frame stride that every resnet receives."""
         temb = self.time_embedding(self.time_proj(timesteps))[:, None]
         if self.frame_stride_embedding is not None:
             if frame_stride is None:
@@ -111,7 +111,7 @@ class UNet(nnx.Module):
         storyflow: Float[Array, "#b f c"] | None = None,
         frame_stride: Int[Array, " b"] | Int[Array, "b f"] | None = None,
     ) -> TimeShifts:
-        """What `embed_time`'s embedding adds in every resnet, by block."""
+        """Shifts that `embed_time`'s embedding adds in every resnet, by block."""
         temb = self.embed_time(timesteps, storyflow, frame_stride)
         return [block.time_shifts(temb) for block in self._blocks]
 
@@ -128,10 +128,15 @@ class UNet(nnx.Module):
     ) -> Float[Array, "bn g h w i"]:
         """One step's prediction for the `g` frames of `sample`: in continuation, all but the first.
 
-        Args: `shifts`, each of batch 1 or b, and `text` as `time_shifts` and `text_keys_values`
-        gave them; `first_frame`, the clean first frame's latents in continuation. `text` may hold
-        several branches of guidance for each story, one after the other: then so does the
-        prediction. Raises ValueError where the config and the inputs disagree.
+        Args:
+            sample: Noisy latents.
+            shifts: From `time_shifts`, each of batch 1 or b.
+            text: From `text_keys_values`. It may hold several branches of guidance for each story,
+                one after the other: then so does the prediction.
+            first_frame: The clean first frame's latents in continuation.
+
+        Raises:
+            ValueError: The config and the inputs disagree.
         """
         if (first_frame is not None) != self.config.is_continuation:
             raise ValueError(

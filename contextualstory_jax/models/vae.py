@@ -1,7 +1,8 @@
-"""Picture codecs, between pictures in [-1, 1] and latents: a KL autoencoder, or space-to-depth.
+"""Image codecs, between images in [-1, 1] and latents: a KL autoencoder, or space-to-depth.
 
-A codec works on unscaled latents. `sample_latents` multiplies by the config's `scaling_factor` and
-`decode_latents` divides by it, so that everything beyond sees scaled latents only.
+An image codec works on unscaled latents. `sample_latents` multiplies by the config's
+`scaling_factor` and `decode_latents` divides by it, so that everything beyond sees scaled latents
+only.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class UpBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pictures to the features that `quant_conv` reads moments from.
+    """Images to the features that `quant_conv` reads moments from.
 
     Reference: diffusers vae.py Encoder.
     """
@@ -190,7 +191,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """What `post_quant_conv` made of latents to pictures. Reference: diffusers vae.py Decoder."""
+    """Output of `post_quant_conv` to images. Reference: diffusers vae.py Decoder."""
 
     def __init__(self, config: AutoencoderKLConfig):
         channels, groups = config.block_out_channels[::-1], config.norm_num_groups
@@ -220,19 +221,19 @@ class AutoencoderKL(nnx.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pictures: Float[Array, "n h w i"]) -> Moments:
-        """The posterior over unscaled latents of pictures in [-1, 1]."""
+        """The posterior over unscaled latents of images in [-1, 1]."""
         x = pictures.astype(self.quant_conv.kernel[...].dtype)
         mean, logvar = jnp.split(self.quant_conv(self.encoder(x)), 2, axis=-1)
         return Moments(mean, jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: Float[Array, "n h w c"]) -> Float[Array, "n p q o"]:
-        """Pictures of unscaled latents, about [-1, 1] but not clipped."""
+        """Images of unscaled latents, about [-1, 1] but not clipped."""
         x = latents.astype(self.post_quant_conv.kernel[...].dtype)
         return self.decoder(self.post_quant_conv(x))
 
 
 class SpaceToDepth(nnx.Module):
-    """A codec without parameters or loss: a patch of pixels is the channels of one latent position.
+    """Image codec without parameters or loss: a pixel patch is the channels of a latent position.
 
     Channel (y * patch + x) * 3 + colour is the pixel in row y and column x of the patch.
     """
@@ -256,7 +257,7 @@ PictureCodec = AutoencoderKL | SpaceToDepth
 
 
 def picture_codec(config: AutoencoderKLConfig | SpaceToDepthConfig) -> PictureCodec:
-    """The codec that a config describes."""
+    """Build the image codec that a config describes."""
     if isinstance(config, AutoencoderKLConfig):
         return AutoencoderKL(config)
     return SpaceToDepth(config)
@@ -265,14 +266,14 @@ def picture_codec(config: AutoencoderKLConfig | SpaceToDepthConfig) -> PictureCo
 def sample_latents(
     moments: Moments, noise: Float[Array, "*n h w c"], scaling_factor: float
 ) -> Float[Array, "*n h w c"]:
-    """Scaled latents drawn from a posterior; zero noise gives its mode."""
+    """Scaled latents sampled from a posterior; zero noise gives its mode."""
     return (moments.mean + jnp.exp(0.5 * moments.logvar) * noise) * scaling_factor
 
 
 def decode_latents(
     codec: PictureCodec, latents: Float[Array, "n h w c"], scaling_factor: float
 ) -> Float[Array, "n p q o"]:
-    """Pictures of scaled latents, about [-1, 1] but not clipped."""
+    """Images of scaled latents, about [-1, 1] but not clipped."""
     return codec.decode(latents / scaling_factor)
 
 
@@ -282,7 +283,7 @@ def pictures_to_float(pictures: Real[Array, "*batch h w c"]) -> Float[Array, "*b
 
 
 def pictures_to_uint8(pictures: Float[Array, "*batch h w c"]) -> UInt8[Array, "*batch h w c"]:
-    """Pictures in [-1, 1] to levels 0..255, clipped.
+    """Images in [-1, 1] to levels 0..255, clipped.
 
     Parity: truncated, not rounded, so that going to float and back may lower a level by one.
     """

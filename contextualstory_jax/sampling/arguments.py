@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
@@ -179,7 +180,12 @@ def read_sampling(
         most = config.scheduler.num_train_timesteps
         steps = check_integer("num_inference_steps", given.pop("num_inference_steps"), 1, most)
         given["steps"] = steps
-    return dataclasses.replace(base, **given)
+    sampling = dataclasses.replace(base, **given)
+    require(
+        sampling.image_guidance_scale <= 1 or config.unet.is_continuation,
+        "image_guidance_scale above 1 needs a continuation model; leave it at 1",
+    )
+    return sampling
 
 
 def check_stories(stories: Sequence[Story], unet: UNetConfig, size: tuple[int, int] | None) -> None:
@@ -288,3 +294,15 @@ def as_output(
     if output_type == "pil":
         return [[Image.fromarray(frame) for frame in story] for story in images]
     return images if output_type == "np" else latents
+
+
+def read_replaced_latents(
+    latents: Any, shape: tuple[int, ...], batch_size: int
+) -> Float32[jax.Array, "b g p q c"]:
+    """Latents that a callback gave, the last repeated up to the size of the batch."""
+    require(
+        np.shape(latents) == shape and jnp.issubdtype(np.result_type(latents), jnp.floating),
+        f"callback_on_step_end must return latents of shape {shape}; got {np.shape(latents)}",
+    )
+    rows = np.minimum(np.arange(batch_size), len(latents) - 1)
+    return jnp.asarray(latents, jnp.float32)[rows]

@@ -6,25 +6,24 @@ Few compiled programs generate a batch (`sampling/sample.py`); batches are round
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float32, Key, UInt8
+from jaxtyping import Array, Float32
 
 from contextualstory_jax.checkpoints.layout import load_weights, read_model
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.config.model_config import FrameInitConfig, SamplingConfig
 from contextualstory_jax.diffusion.frameinit import make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
-from contextualstory_jax.diffusion.noise import story_noise
+from contextualstory_jax.diffusion.noise import story_key, story_noise
 from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
 from contextualstory_jax.distributed.compilation import GenerationLog, use_compilation_cache
 from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
@@ -42,6 +41,7 @@ from contextualstory_jax.sampling.arguments import (
     put_first_frames,
     read_latents,
     read_negative_prompt,
+    read_replaced_latents,
     read_sampling,
     read_size,
     read_stories,
@@ -52,9 +52,11 @@ from contextualstory_jax.sampling.camera_motion import film
 from contextualstory_jax.sampling.pretrained import SHIPPED, find_checkpoint
 from contextualstory_jax.sampling.sample import (
     AfterStep,
+    Drawing,
     Inputs,
     Request,
     Scales,
+    bucket,
     generate,
     generation_programs,
     shared_programs,
@@ -63,22 +65,6 @@ from contextualstory_jax.utils.errors import require
 
 DTYPES = ("float32", "bfloat16")
 BATCH_SIZE = 8  # stories at once, where nothing else is said
-
-
-class Drawing(NamedTuple):
-    """Generated stories."""
-
-    pictures: UInt8[np.ndarray, "b f h w 3"]
-    latents: Float32[np.ndarray, "b f p q c"]  # before decoding
-
-
-def story_key(seed: int, story_id: str) -> Key[Array, ""]:
-    """The key of everything random about a story: of the seed and the story's id alone."""
-    digest = hashlib.sha256(story_id.encode()).digest()
-    key = jax.random.key(seed)
-    for word in (digest[:4], digest[4:8]):
-        key = jax.random.fold_in(key, int.from_bytes(word, "big"))
-    return key
 
 
 # Called after each step with the pipeline, the step's number and timestep, and `{"latents": ...}`,
@@ -387,24 +373,12 @@ class StoryPipeline:
         mixing = frameinit and make_frameinit(frameinit, config.scheduler, shape[:3])
         seed = check_integer("seed", seed, 0, 2**32 - 1)
         batch_size = check_integer("batch_size", batch_size, 1)
-        require(
-            sampling.image_guidance_scale <= 1 or config.unet.is_continuation,
-            "image_guidance_scale above 1 needs a continuation model; leave it at 1",
-        )
         if initial_latents is not None:
             initial_latents = read_latents(initial_latents, (len(stories), *shape))
-        # Every batch has one size, so that one program serves: a power of two or, if less,
-        # `batch_size`, so that few serve any number of stories. The last batch is filled by the
-        # last story.
-        ways = batch_ways(self.mesh)
-        bucket = min(batch_size, 1 << (len(stories) - 1).bit_length())
-        batch_size = -(-bucket // ways) * ways
+        batch_size = bucket(len(stories), batch_size, batch_ways(self.mesh))
         branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
-        scales = Scales(
-            jnp.float32(sampling.guidance_scale),
-            jnp.float32(sampling.image_guidance_scale),
-            jnp.float32(sampling.guidance_rescale),
-        )
+        names = ("guidance_scale", "image_guidance_scale", "guidance_rescale")
+        scales = Scales(*(jnp.float32(getattr(sampling, name)) for name in names))
         for start in range(0, len(stories), batch_size):
             chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
             real = min(batch_size, len(stories) - start)
@@ -451,7 +425,7 @@ class StoryPipeline:
             given = callback(self, step, sampler.timesteps[step].item(), {"latents": shown})
             replaced = (given or {}).get("latents", shown)
             if replaced is not shown:
-                latents = self._place(_filled(replaced, shown.shape, len(latents)))
+                latents = self._place(read_replaced_latents(replaced, shown.shape, len(latents)))
             return latents, not self.interrupt
 
         return after_step
@@ -461,13 +435,3 @@ class StoryPipeline:
 def _cast(params: Parts, dtype: Any) -> Parts:
     """Weights as they are computed with."""
     return clamp(jax.tree.map(lambda p: p.astype(dtype), params))
-
-
-def _filled(latents: Any, shape: tuple[int, ...], batch_size: int) -> Float32[Array, "b g p q c"]:
-    """Latents that a callback gave, the last repeated up to the size of the batch."""
-    require(
-        np.shape(latents) == shape and jnp.issubdtype(np.result_type(latents), jnp.floating),
-        f"callback_on_step_end must return latents of shape {shape}; got {np.shape(latents)}",
-    )
-    rows = np.minimum(np.arange(batch_size), len(latents) - 1)
-    return jnp.asarray(latents, jnp.float32)[rows]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, Real, UInt8
+from jaxtyping import Array, Float, Float32, Int, Key, Real, UInt8
 
 from contextualstory_jax.diffusion.frameinit import FrameInit, mix
 from contextualstory_jax.diffusion.guidance import guide
@@ -230,6 +230,23 @@ def shared_programs(model: StoryModel, placement: Placement) -> Programs:
         compiled_together(own.steps, static=1),
         compiled_together(own.decode),
     )
+
+
+class Drawing(NamedTuple):
+    """Generated stories."""
+
+    pictures: UInt8[np.ndarray, "b f h w 3"]
+    latents: Float32[np.ndarray, "b f p q c"]  # before decoding
+
+
+def bucket(stories: int, batch_size: int, ways: int) -> int:
+    """The size of every batch, so that one program serves; the last story fills the last batch.
+
+    A power of two or, if less, `batch_size`, so that few programs serve any number of stories; a
+    multiple of the devices that a batch is split over.
+    """
+    size = min(batch_size, 1 << (stories - 1).bit_length())
+    return -(-size // ways) * ways
 
 
 def generate(

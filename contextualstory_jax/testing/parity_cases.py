@@ -181,11 +181,14 @@ COMPARE = {
 
 def frameinit_of(info: Mapping[str, Any]) -> FrameInitConfig | None:
     """A pipeline case's FrameInit as our config."""
-    given, names = info["frameinit"], {"d_s": "spatial", "d_t": "temporal", "n": "order"}
+    given = info["frameinit"]
+    names: dict[str, str] = {"d_s": "spatial", "d_t": "temporal", "n": "order"}
     if given is None:
         return None
-    values = {names.get(name, name): value for name, value in given["filter_params"].items()}
-    return build(FrameInitConfig, {"level": given["noise_level"], **values}, "frameinit.")
+    values: dict[str, Any] = {
+        names.get(name, name): value for name, value in given["filter_params"].items()
+    }
+    return build(FrameInitConfig, {"level": given["noise_level"]} | values, "frameinit.")
 
 
 def compare_pipeline(path: Path, pipeline: StoryPipeline) -> Iterator[Comparison]:

@@ -8,6 +8,7 @@ global batch), whatever the devices.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
@@ -233,6 +234,42 @@ def _cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
+def micro_loss(
+    model: StoryModel,
+    config: TrainConfig,
+    null: Int[Array | np.ndarray, " l"] | Float[Array | np.ndarray, "l d"],
+    trained: Parts,
+    frozen: Parts,
+    batch: Batch | Encoded,
+    keys: Key[Array, " b"],
+) -> tuple[Float[Array, ""], Float[Array, " m"]]:
+    """The loss of a micro-batch, and the sum of its stories' StoryFlow values."""
+    params = merge_parts(trained, frozen)
+    encoded, null_text = (
+        encode(model, params, batch, null)
+        if isinstance(batch, Batch)
+        else (batch, jnp.asarray(null))
+    )
+    draws = draw(model, encoded.moments, keys, config)
+    value = loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
+    return value, storyflow(draws.latents).sum(axis=0)
+
+
+def sum_over(micro: Any, function: Callable[[Any], Any]) -> Any:
+    """The sum of a function's results over the first axis of its argument's arrays."""
+    # The first stands outside: XLA's CPU backward convolutions are many times slower in a loop.
+    first, rest = (
+        jax.tree.map(lambda x, part=part: x[part], micro) for part in (0, slice(1, None))
+    )
+    if jax.tree.leaves(rest)[0].shape[0] == 0:
+        return function(first)
+
+    def add(sums: Any, one: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, function(one)), None
+
+    return jax.lax.scan(add, function(first), rest)[0]
+
+
 def make_train_step(
     model: StoryModel,
     config: TrainConfig,
@@ -247,20 +284,10 @@ def make_train_step(
     """
     tx = optimizer(config.optimizer, config.steps)
     rate = learning_rate(config.optimizer, config.steps)
+    batch_loss = functools.partial(micro_loss, model, config, null)
     sharded, gathered, split = (
         (placement.sharded, placement.gathered, placement.split) if placement else (_as_it_is,) * 3
     )
-
-    def micro_loss(trained: Parts, frozen: Parts, batch: Batch | Encoded, keys: Key[Array, " b"]):
-        params = merge_parts(trained, frozen)
-        encoded, null_text = (
-            encode(model, params, batch, null)
-            if isinstance(batch, Batch)
-            else (batch, jnp.asarray(null))
-        )
-        draws = draw(model, encoded.moments, keys, config)
-        value = loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
-        return value, storyflow(draws.latents).sum(axis=0)
 
     def train_step(
         state: TrainState, batch: Batch | Encoded
@@ -279,19 +306,12 @@ def make_train_step(
         trained, frozen = gathered(_cast((state.params, state.frozen), model.dtype))
 
         def gradient_of(micro: tuple[Batch | Encoded, Array]):
-            (value, motion), gradient = jax.value_and_grad(micro_loss, has_aux=True)(
+            (value, motion), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
                 trained, frozen, *split(micro)
             )
             return value, motion, _cast(sharded(gathered(gradient)), jnp.float32)
 
-        # The first stands outside: XLA's CPU backward convolutions are many times slower in a loop.
-        sums = gradient_of(jax.tree.map(lambda x: x[0], micro))
-        if config.accumulation_steps > 1:
-            rest = jax.tree.map(lambda x: x[1:], micro)
-            sums, _ = jax.lax.scan(
-                lambda sums, one: (jax.tree.map(jnp.add, sums, gradient_of(one)), None), sums, rest
-            )
-        value, motion, gradient = sums
+        value, motion, gradient = sum_over(micro, gradient_of)
         value, gradient = jax.tree.map(lambda x: x / config.accumulation_steps, (value, gradient))
         metrics = {
             "loss": value,

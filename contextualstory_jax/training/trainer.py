@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import clu.parameter_overview
 import jax
@@ -26,7 +24,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from contextualstory_jax.checkpoints.layout import contents, write_model, write_text
-from contextualstory_jax.checkpoints.manager import Checkpoints, Damaged, latest_step
+from contextualstory_jax.checkpoints.manager import Checkpoints, latest_step
 from contextualstory_jax.config.build import dotted
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.data.latent_cache import EncodedStories
@@ -47,7 +45,6 @@ from contextualstory_jax.distributed.compilation import (
 )
 from contextualstory_jax.distributed.multihost import (
     StopRequest,
-    all_succeed,
     by_first,
     compiled_together,
     is_first,
@@ -56,7 +53,7 @@ from contextualstory_jax.distributed.multihost import (
 )
 from contextualstory_jax.distributed.sharding import BATCH, HEADS, Placement, batch_ways, make_mesh
 from contextualstory_jax.models.fused_attention import attention_on
-from contextualstory_jax.models.story_model import Parts, StoryModel
+from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
@@ -64,11 +61,11 @@ from contextualstory_jax.training.cache_latents import open_latents, require_sam
 from contextualstory_jax.training.init_params import initial_params, tokenizer_folder
 from contextualstory_jax.training.metric_writers import NoWriter, ScalarWriter
 from contextualstory_jax.training.progress import Profile, Progress, starting
+from contextualstory_jax.training.start_state import abstract_state, start_state, to_items
 from contextualstory_jax.training.train_step import (
     Batch,
     Encoded,
     TrainState,
-    init_state,
     make_train_step,
     make_validation,
     merge_parts,
@@ -162,72 +159,6 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         f"batch_size = {config.batch_size} is not divisible by accumulation_steps x data x fsdp = "
         f"{config.accumulation_steps} x {mesh.shape['data']} x {mesh.shape['fsdp']}",
     )
-
-
-def abstract_state(model: StoryModel, config: TrainConfig, placement: Placement) -> TrainState:
-    """The shape, dtype and sharding of everything in the state.
-
-    Raises `UserError` where `config.trainable` names no parameter.
-    """
-    state = jax.eval_shape(functools.partial(init_state, config=config), model.shapes)
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        state,
-        placement.shardings(state),
-    )
-
-
-def start_state(
-    abstract: TrainState, params: Parts | None, config: TrainConfig, checkpoints: Checkpoints
-) -> TrainState:
-    """The state to resume from: that before the first step, or the last intact checkpoint's.
-
-    `params` are used up. A checkpoint that is damaged is set aside, and logged. Raises `UserError`
-    where none is left, or they are of another model.
-    """
-    if params is not None:
-        placed = jax.tree.map(lambda s: s.sharding, abstract)
-        begin = functools.partial(init_state, config=config)
-        return jax.jit(begin, out_shardings=placed, donate_argnums=0)(params)
-    steps = checkpoints.steps
-    for step, older in itertools.zip_longest(steps, steps[1:]):
-        restored: list[TrainState] = []
-
-        def restore(step: int = step, restored: list[TrainState] = restored) -> None:
-            items = checkpoints.restore(step, to_items(abstract))
-            restored.append(from_items(abstract, items))
-
-        problem = all_succeed(restore, Damaged)
-        if problem is None:
-            return restored[0]
-        require(older is not None, f"{problem}; no older checkpoint is intact")
-        say(f"{problem}; resuming from checkpoint {older}")
-        by_first(lambda step=step: checkpoints.set_aside(step))
-        checkpoints.reload()
-    raise AssertionError("without a checkpoint there are parameters to begin with")
-
-
-def to_items(state: TrainState) -> dict[str, Any]:
-    """The state as checkpoint items: weights by name, and all else, flat, under `progress`."""
-    rest = dataclasses.replace(state, params={}, ema_params={}, frozen={})
-    leaves, _ = jax.tree_util.tree_flatten_with_path(rest)
-    progress = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-    return {
-        "params": state.params,
-        "ema_params": state.ema_params,
-        "frozen": state.frozen,
-        "progress": progress,
-    }
-
-
-def from_items(like: TrainState, items: dict[str, Any]) -> TrainState:
-    """The inverse of `to_items`, for a state of the same structure as `like`."""
-    rest = dataclasses.replace(like, params={}, ema_params={}, frozen={})
-    _, structure = jax.tree_util.tree_flatten(rest)
-    names = to_items(like)["progress"]
-    state = jax.tree_util.tree_unflatten(structure, [items["progress"][name] for name in names])
-    weights = {name: items[name] for name in ("params", "ema_params", "frozen")}
-    return dataclasses.replace(state, **weights)
 
 
 def describe(config: TrainConfig, state: TrainState, workdir: Path) -> None:

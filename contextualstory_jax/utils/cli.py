@@ -1,4 +1,4 @@
-"""What the commands share: bad input ends in one line on stderr and status 2."""
+"""Shared parts of the commands: bad input ends in one line on stderr and status 2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class ArgumentParser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """The arguments, and of each `--config.key=value` among them `key=value`.
 
-        Args: `argv`, or None for the command line.
+        Args:
+            argv: Arguments, or None for the command line.
         """
         words, prefix = sys.argv[1:] if argv is None else argv, "--config."
         overrides = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]

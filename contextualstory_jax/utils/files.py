@@ -20,8 +20,11 @@ OTHERS = {
 def check_file(path: Path, fix: str) -> None:
     """Raise `UserError` unless `path` is a file, or a link to one.
 
-    To open anything else may take for ever: a FIFO waits for its writer. Args: `fix`, the end of
-    the message.
+    To open anything else may take for ever: a FIFO waits for its writer.
+
+    Args:
+        path: The file.
+        fix: The end of the message.
     """
     try:
         kind = OTHERS.get(stat.S_IFMT(path.stat().st_mode))

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 STATUS = 130  # as shells report a program that Ctrl-C ended
@@ -59,7 +59,9 @@ def request() -> None:
 def removing(path: Path, pattern: str = "") -> Iterator[None]:
     """Remove a file or folder at the end, if it is still there, also where Ctrl-C ends the process.
 
-    Args: `pattern`, of the files in the folder `path` to remove instead of the folder.
+    Args:
+        path: The file or folder.
+        pattern: Of the files in the folder `path` to remove instead of the folder.
     """
     escaped = glob.escape(str(path.absolute()))
     found = os.path.join(escaped, pattern) if pattern else escaped
@@ -67,7 +69,7 @@ def removing(path: Path, pattern: str = "") -> Iterator[None]:
     try:
         yield
     finally:
-        _remove(found)
+        _remove_all([found])
         _temporary.discard(found)
 
 
@@ -140,9 +142,7 @@ def end() -> None:
         if "multiprocessing" in sys.modules:
             for child in sys.modules["multiprocessing"].active_children():
                 child.kill()
-        for _ in range(REMOVALS):
-            if not any([_remove(pattern) for pattern in list(_temporary)]):
-                break
+        _remove_all(list(_temporary))
     finally:
         os._exit(STATUS)  # the main thread may be inside XLA, and threads wait for one another
 
@@ -181,6 +181,13 @@ def _say(line: str) -> None:
     bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
     with contextlib.suppress(OSError, ValueError):  # closed
         print("\n" * bool(bars) + line, file=sys.stderr, flush=True)
+
+
+def _remove_all(patterns: Sequence[str]) -> None:
+    """Remove files and folders, again while other threads still write into them."""
+    for _ in range(REMOVALS):
+        if not any([_remove(pattern) for pattern in patterns]):
+            break
 
 
 def _remove(pattern: str) -> bool:

@@ -1,4 +1,4 @@
-"""Whole stories, from sentences to pictures on the host, as `StoryPipeline` draws them."""
+"""Generation by `StoryPipeline`, from sentences to images on the host."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ REQUESTS = 100
 
 
 def make_pipeline(model: StoryModel, params: Parts) -> StoryPipeline:
-    """A pipeline of these weights, with the embedded stories' tokenizer."""
+    """A pipeline of these weights, with the synthetic dataset's tokenizer."""
     tokenizer = Tokenizer(TOKENIZER_DIR, model.config.text_encoder.max_position_embeddings)
     return StoryPipeline(model, params, tokenizer, STORYFLOW[: model.config.unet.n_frames - 1])
 
 
 def stories(config: ModelConfig, count: int) -> list[Story]:
-    """Sentences of the embedded stories; in continuation, with a grey first frame."""
+    """Sentences of the synthetic dataset; in continuation, with a grey first frame."""
     grey = np.full((config.height, config.width, 3), 128, np.uint8)
     first = grey if config.unet.is_continuation else None
     return [Story(story(0, i, "test").sentences, f"story_{i}", first) for i in range(count)]
@@ -49,7 +49,7 @@ def stories(config: ModelConfig, count: int) -> list[Story]:
 def rows(
     machine: Machine, pipeline: StoryPipeline, batch_size: int, original: Original | None
 ) -> Iterator[Row]:
-    """Drawing so many stories at once: compilation, time, rate and memory."""
+    """Generation of `batch_size` stories at once: compilation, time, rate and memory."""
     config, sampling = pipeline.model.config, pipeline.model.config.sampling
     chosen, what = stories(config, batch_size), f"drawing, batch {batch_size}"
 
@@ -79,7 +79,7 @@ def rows(
 
 
 class CompilationCount:
-    """As a context manager: how many programs JAX has made or fetched in it."""
+    """Context manager that counts the programs JAX has made or fetched in it."""
 
     count = 0
 

@@ -1,7 +1,7 @@
 """Forward passes that the original has as well: the UNet under guidance, and SETA alone.
 
 One story, with and without its text, as the sampler asks for at every step. What does not depend on
-the step is computed beforehand; the original computes it anew.
+the step is computed beforehand; the original computes it again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def seta_places(model: StoryModel) -> list[Place]:
 
 
 def inputs(model: StoryModel) -> dict[str, np.ndarray]:
-    """What the forward passes are given, all of it by name."""
+    """Inputs of the forward passes, by name."""
     config, unet = model.config, model.config.unet
     f, size = unet.n_frames, config.latent_size(config.height, config.width)
     words, width = config.text_encoder.max_position_embeddings, unet.cross_attention_dim
@@ -170,7 +170,7 @@ def load_original(
 
 
 def errors(forward: Forward, original: Original) -> Iterator[tuple[str, float]]:
-    """How far each variant of the original is from ours."""
+    """Errors of each variant of the original against ours."""
     ours = [np.asarray(array, np.float32) for array in forward.run()]
     for variant in original.variants:
         theirs = original.outputs(forward.request, variant)

@@ -1,4 +1,4 @@
-"""How anything is measured: contenders take turns, medians with spread, beside a floor."""
+"""Measuring: contenders take turns, medians with spread, beside a floor."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Row(NamedTuple):
         return statistics.median(self.seen)
 
     def values(self) -> dict[str, Any]:
-        """As the JSON file has it."""
+        """The values for the JSON file."""
         return {**self._asdict(), "median": self.median}
 
     def cells(self) -> list[str]:
-        """As the table prints it."""
+        """The cells for the table."""
         spread = f"{min(self.seen):.3g}..{max(self.seen):.3g}" if len(self.seen) > 1 else ""
         return [
             self.what,
@@ -68,7 +68,7 @@ class Machine(NamedTuple):
         return cls(device, dtype, matmul_rate(dtype), rounds, warm_ups)
 
     def about(self) -> dict[str, str]:
-        """What figures are to be published with."""
+        """Conditions to publish with the figures."""
         kind = self.device.device_kind
         published = peak_flops(kind, self.dtype)
         return {
@@ -81,11 +81,11 @@ class Machine(NamedTuple):
 
     @property
     def peak(self) -> float:
-        """What MFU is a share of: the published peak, or the measured rate where there is none."""
+        """Peak operations a second for MFU: the published peak, else the measured rate."""
         return peak_flops(self.device.device_kind, self.dtype) or self.rate
 
     def floor(self, flops: float, num_bytes: float = 0) -> float:
-        """Seconds for so many operations at the measured rate, and then to move so many bytes."""
+        """Seconds for `flops` operations at the measured rate, and then to move `num_bytes`."""
         known = DEVICES.get(self.device.device_kind)
         return flops / self.rate + (num_bytes / known.bandwidth if known else 0)
 

@@ -53,7 +53,7 @@ class Original:
         return self._answer()
 
     def outputs(self, what: str, variant: str) -> list[np.ndarray]:
-        """What it computes for a request."""
+        """The arrays that it computes for a request."""
         with tempfile.TemporaryDirectory() as folder:
             file = str(Path(folder) / "outputs.npz")
             self.ask("outputs", what=what, variant=variant, file=file)

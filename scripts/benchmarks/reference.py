@@ -115,7 +115,7 @@ class Original:
 
     @functools.cached_property
     def whole(self) -> Any:
-        """With VAE, text tower and schedule: its pipeline, which needs more packages."""
+        """With VAE, text encoder and schedule: its pipeline, which needs more packages."""
         from scripts.benchmarks.reference_whole import Whole, frozen
 
         networks = frozen(self.config)
@@ -137,13 +137,13 @@ class Original:
 
     @functools.cached_property
     def compilers(self) -> dict[str, Callable]:
-        """What is done to a module, by variant; what was done once is kept."""
+        """Compilers of a module, by variant; each result is kept."""
         best = functools.partial(torch.compile, mode="max-autotune")
         done = {"eager": lambda module: module, "compile": torch.compile, "strongest": best}
         return {variant: functools.cache(compile_) for variant, compile_ in done.items()}
 
     def program(self, what: str, variant: str) -> Program:
-        """What a request names, ready to be run; after its name come SETA's places, or stories."""
+        """The program that a request names; after its name come SETA's places, or stories."""
         if (what, variant) not in self.programs:
             compile_ = self.compilers[variant]
             network = self.mended if variant == "strongest" else self.unet
@@ -201,7 +201,7 @@ class Original:
         return lambda: [attend(x, block) for x, block in alone]
 
     def run(self, what: str, variant: str) -> tuple[list[torch.Tensor], float]:
-        """What a request names, done once, and the seconds that it took."""
+        """Run once the program that a request names; also give the seconds that it took."""
         program = self.program(what, variant)
         self.wait()
         began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The original as a whole: drawing by its pipeline, and its training step.
+"""The complete original: generation by its pipeline, and its training step.
 
-The step is written anew after its `train.py`, which is one long loop over data: bfloat16 by
-autocast over float32 weights, VAE and text tower in bfloat16, its own optimizer and average.
+The step is rewritten after its `train.py`, which is one long loop over data: bfloat16 by
+autocast over float32 weights, VAE and text encoder in bfloat16, its own optimizer and average.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Program = Callable[[], list[torch.Tensor]]
 
 
 def frozen(config: dict[str, Any]) -> dict[str, torch.nn.Module]:
-    """VAE and text tower of a model, by our names of the parts."""
+    """VAE and text encoder of a model, by our names of the parts."""
     vae = {name: value for name, value in config["vae"].items() if name != "kind"}
     levels = len(vae["block_out_channels"])
     types_ = {
@@ -34,7 +34,7 @@ def frozen(config: dict[str, Any]) -> dict[str, torch.nn.Module]:
 
 
 class Whole:
-    """What a story is drawn, and learned, with beside the UNet."""
+    """VAE, text encoder and scheduler, with which the UNet generates and is trained."""
 
     def __init__(self, config: dict[str, Any], device: torch.device, parts: dict[str, Any]):
         self.config, self.device, self.parts = config, device, parts
@@ -51,7 +51,7 @@ class Whole:
         return torch.arange(self.words).repeat(sentences, 1) % 200
 
     def drawing_program(self, unet: Any, stories: int, motion: torch.Tensor) -> Program:
-        """Its pipeline, from token ids to pictures on the host."""
+        """Its pipeline, from token ids to images on the host."""
         about = self.config
         sampling = about["sampling"]
         pipeline = ConditionalAnimationPipeline(
@@ -84,7 +84,7 @@ class Whole:
         return run
 
     def training_program(self, unet: torch.nn.Module, stories: int) -> Program:
-        """A step on pictures: its loss, backward pass, AdamW and average."""
+        """A step on images: its loss, backward pass, AdamW and average."""
         unet = copy.deepcopy(unet).float().train().requires_grad_()
         vae, text_encoder = (copy.deepcopy(part).bfloat16() for part in self.parts.values())
         optimizer = torch.optim.AdamW(unet.parameters(), lr=5e-5, weight_decay=1e-2)

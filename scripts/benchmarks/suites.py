@@ -1,4 +1,4 @@
-"""What is measured on a device that is there, in order."""
+"""Measurements on a device that is there, in order."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from scripts.benchmarks.measuring import Machine, Row
 from scripts.benchmarks.original import Original
 
 EMBEDDED = Path(__file__).parents[2] / "configs" / "shapes.py"
-BATCH_SIZES = (1, 2, 4, 8, 16)  # of drawing
+BATCH_SIZES = (1, 2, 4, 8, 16)  # of generation
 TRAINING_BATCH = 6  # stories, as published for one device
 FEW_ROUNDS = 3  # where one takes seconds
 
 
 class Different(Exception):
-    """What the original computes is not what we do."""
+    """The outputs of the original differ from ours."""
 
 
 def lines(
@@ -30,7 +30,7 @@ def lines(
 ) -> Iterator[Row]:
     """The lines of a suite's `parts`. Raises `Different` before the first."""
     model = StoryModel(config.model, jnp.dtype(machine.dtype))
-    whole = machine.dtype == "bfloat16"  # on a CPU the UNet alone is drawn, to take less memory
+    whole = machine.dtype == "bfloat16"  # on a CPU only UNet weights are made, to save memory
     params = forward.named_weights(model, list(model.networks) if whole else ["unet"])
     yield from forward_lines(machine, model, params, parts, original)
     if "drawing" in parts or "requests" in parts:
@@ -70,7 +70,7 @@ def forward_lines(
     if original:
         forward.load_original(original, model.config, arrays, machine.dtype)
     chosen, unet = [], None
-    # With the original also where it is not timed: what draws and trains must be the same network.
+    # With the original also where it is not timed: both must generate with and train one network.
     if "unet" in parts or (original and {"drawing", "training"} & set(parts)):
         unet = forward.unet_forward(model, placed, arrays)
         chosen.append(unet)
@@ -97,7 +97,7 @@ def forward_lines(
 def training_lines(
     machine: Machine, config: TrainConfig, params: Parts | None, original: Original | None
 ) -> Iterator[Row]:
-    """Of the recipe's step; without `params`, of the embedded recipe's."""
+    """Of the config's step; without `params`, of the synthetic dataset's."""
     if params is None:
         small = load_recipe(EMBEDDED)
         begin = StoryModel(small.model).init(0)

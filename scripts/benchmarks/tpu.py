@@ -1,4 +1,4 @@
-"""Drawing and training compiled for one TPU chip that is not there: operations, bytes, memory.
+"""Generation and training compiled for one TPU chip that is not there: operations, bytes, memory.
 
 Each program is compiled by `scripts/compile_for_tpu.py` in a process of its own, one at a time:
 published sizes take many minutes and several GB, less with `--quick`.
@@ -33,7 +33,7 @@ COLUMNS = (
 def compile_for(
     chip: str, program: str, config: str, overrides: Sequence[str], *, quick: bool = False
 ) -> dict[str, Any]:
-    """What the compiler says, with `quick` at its least effort.
+    """The compiler's report, with `quick` at its least effort.
 
     Raises `UserError` where it cannot be asked.
     """

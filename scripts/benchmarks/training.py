@@ -1,4 +1,4 @@
-"""The training step of a recipe, on made-up data that is on the device already."""
+"""The training step of a config, on made-up data that is on the device already."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.flops import training_step_flops
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.training.start_state import abstract_state
 from contextualstory_jax.training.train_step import Batch, Encoded, init_state
-from contextualstory_jax.training.trainer import abstract_state, step_program
+from contextualstory_jax.training.trainer import step_program
 from scripts.benchmarks.measuring import Machine, Row, Task, compile_twice, timed
 
 # Of a float32 parameter, its moments and its average, all read and written, and its gradient, read.
@@ -26,7 +27,7 @@ OPTIMIZER_BYTES = 36
 
 
 def for_one_device(config: TrainConfig, batch_size: int, *, cached: bool) -> TrainConfig:
-    """A recipe with a batch that is computed at once, from a latent cache or from pictures."""
+    """A config with a batch that is computed at once, from a latent cache or from images."""
     return dataclasses.replace(
         config,
         batch_size=batch_size,
@@ -37,7 +38,7 @@ def for_one_device(config: TrainConfig, batch_size: int, *, cached: bool) -> Tra
 
 
 def made_up_batch(model: StoryModel, config: TrainConfig) -> tuple[Batch | Encoded, np.ndarray]:
-    """Stories, and the empty sentence, encoded where the recipe has a latent cache."""
+    """Stories, and the empty sentence, encoded where the config has a latent cache."""
     about, rng = config.model, np.random.default_rng(0)
     b, f, words = config.batch_size, about.unet.n_frames, about.text_encoder.max_position_embeddings
     if config.data.latents is None:
@@ -63,7 +64,7 @@ def rows(
     params: Parts,
     original: Mapping[str, Task] | None = None,
 ) -> Iterator[Row]:
-    """The lines of a recipe's step; `params` are those before the first one."""
+    """The lines of a config's step; `params` are those before the first one."""
     mesh = make_mesh(config.mesh, [machine.device])
     placement = Placement(mesh, config.mesh.rules)
     model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat)

@@ -205,7 +205,7 @@ UNFIT = [
         SchedulerConfig,
         {"rescale_betas_zero_snr": True},
         "scheduler.rescale_betas_zero_snr needs prediction_type v_prediction or sample: at zero "
-        "SNR the noise says nothing about the picture",
+        "SNR the noise says nothing about the image",
     ),
     (SamplingConfig, {"steps": 0}, "sampling: steps must be at least 1; got 0"),
     (
@@ -227,7 +227,7 @@ UNFIT = [
     (
         ModelConfig,
         {"vae": {"kind": "space_to_depth", "patch": 2}},
-        "unet.in_channels = 4 and unet.out_channels = 4 must both be the codec's latent channels = "
+        "unet.in_channels = 4 and unet.out_channels = 4 must both be the VAE's latent channels = "
         "12",
     ),
     (

@@ -24,7 +24,7 @@ from contextualstory_jax.data.loader import TOKENIZER_DIR, training_source
 from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
-from contextualstory_jax.training import trainer
+from contextualstory_jax.training import start_state
 from contextualstory_jax.training.train_step import Batch, make_train_step
 from contextualstory_jax.utils.errors import UserError
 
@@ -188,7 +188,7 @@ def test_a_training_step_at_published_size_fits_together(recipe_name):
     mesh = make_mesh(MeshConfig())
     model = StoryModel(recipe.model, jnp.dtype(recipe.compute_dtype))
     null_ids = jnp.asarray(Tokenizer(TOKENIZER_DIR, 77)([""])[0])
-    state = trainer.abstract_state(model, recipe, Placement(mesh))
+    state = start_state.abstract_state(model, recipe, Placement(mesh))
     batch = Batch(
         images=jax.ShapeDtypeStruct((recipe.batch_size, 5, 256, 256, 3), np.uint8),
         ids=jax.ShapeDtypeStruct((recipe.batch_size, 5, 77), np.int32),

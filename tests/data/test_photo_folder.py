@@ -66,7 +66,7 @@ def test_photos_are_prepared_trained_on_and_generated_from(tiny_train_config, tm
     prepare.main(["folder", "--source", str(source), "--out", str(shards)] + ["--size", str(SIZE)])
     printed = capsys.readouterr().out
     assert "truncated captions: 1" in printed and "1 of 4 are held out as the test" in printed
-    assert "stories: train 3, test 1; pictures: 5" in printed
+    assert "stories: train 3, test 1; images: 5" in printed
     grey, rotated, transparent, palette, wide = PreparedSource(shards, "test", SIZE)[0].images
     assert (grey == 128).all() and (transparent == 255).all()
     assert rotated[:, 0].mean() < 10 and rotated[:, -1].mean() > 190

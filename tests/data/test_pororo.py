@@ -305,7 +305,7 @@ def test_a_frame_that_is_described_wrongly_is_named(name, value, message, tmp_pa
 def test_a_gap_in_the_pictures_is_refused_where_caches_are_missing(tmp_path):
     write_pororo(tmp_path, caches=False, missing=[TWO + "7"])
     message = refusal(tmp_path, "train", 16)
-    assert "img_cache4.npy" in message and f"{TWO[:-1]} lacks 7.png" in message
+    assert "img_cache4.npy" in message and f"{TWO[:-1]} has no 7.png" in message
 
 
 def test_a_picture_without_a_number_is_refused_where_caches_are_missing(tmp_path):

@@ -260,7 +260,7 @@ def test_a_dataset_without_one_whole_story_is_refused(tmp_path):
     root = write_story_folder(tmp_path / "source", counts={"train": 1})
     (root / "pictures" / "train-0-2.png").unlink()
 
-    with pytest.raises(UserError, match="^no story in .*source has all its pictures$"):
+    with pytest.raises(UserError, match="^no story in .*source has all its images$"):
         prepare(DataConfig(name="folder", root=str(root)), tmp_path / "out", skip_broken=True)
 
     assert not (tmp_path / "out").exists()
@@ -419,7 +419,7 @@ def test_a_split_without_stories_is_not_there(tmp_path):
 def test_another_size_is_asked_for(tmp_path):
     prepare(published("folder", tmp_path / "source"), tmp_path / "out")
 
-    with pytest.raises(UserError, match="^.*out holds pictures of 16 pixels, and 32 are asked for"):
+    with pytest.raises(UserError, match="^.*out holds images of 16 pixels, and 32 are asked for"):
         PreparedSource(tmp_path / "out", "train", 32)
 
 
@@ -442,7 +442,7 @@ def damage(out: Path, kind: str) -> str:
     content = last.read_bytes()
     if kind == "cut short":
         last.write_bytes(content[: len(content) // 2])
-        return f"^the shard .*{last.name} is damaged; prepare the dataset anew$"
+        return f"^the shard .*{last.name} is damaged; prepare the dataset again$"
     if kind == "missing":
         last.unlink()
         return f"^cannot read .*{last.name}: No such file.*; prepare the dataset again$"
@@ -450,7 +450,7 @@ def damage(out: Path, kind: str) -> str:
         (pictures / "dataset_info.json").unlink()
         return "^cannot read .*pictures/dataset_info.json: .*; prepare the dataset again$"
     (out / "stories" / "features.json").write_text("{")
-    return "^.*stories is no prepared dataset; prepare it anew$"
+    return "^.*stories is no prepared dataset; prepare it again$"
 
 
 @pytest.mark.parametrize("kind", ["cut short", "missing", "no pictures", "broken features"])
@@ -472,7 +472,7 @@ def test_damage_inside_a_shard_is_named_when_it_is_read(tmp_path):
     shard.write_bytes(content)
 
     with pytest.raises(
-        UserError, match="^a shard in .*out is damaged .*; prepare the dataset anew"
+        UserError, match="^a shard in .*out is damaged .*; prepare the dataset again"
     ):
         PreparedSource(tmp_path / "out", "train", SIZE)[0]
 
@@ -489,7 +489,7 @@ def test_the_command_reports_and_ends_with_status_2_unless_told_to_skip(tmp_path
     skipped = run_command(*arguments, "--skip-broken")
 
     assert refused.returncode == 2
-    assert "\nstories: train 6 of 8, val 3 of 4, test 3; pictures: 28\n" in refused.stdout
+    assert "\nstories: train 6 of 8, val 3 of 4, test 3; images: 28\n" in refused.stdout
     assert refused.stderr.splitlines()[-1].startswith("error: 2 problems, listed above; fix them")
     assert skipped.returncode == 0
     assert skipped.stdout.splitlines()[-1] == (

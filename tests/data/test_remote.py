@@ -176,7 +176,7 @@ def test_a_file_that_arrives_short_is_refused(monkeypatch):
         MemoryFileSystem, "get_file", lambda _, path, local, **__: Path(local).write_bytes(b"")
     )
 
-    refuses(URL, "prepared/.* was cut short; run again to go on")
+    refuses(URL, "prepared/.* was cut short; run again to resume")
 
     assert [p for folder in remote_folders() for p in folder.rglob("*") if p.is_file()] == []
 

@@ -151,7 +151,7 @@ def forged(dtype: np.dtype, shape: tuple, content: object) -> bytes:
 def test_broken_and_forged_pickles_are_refused(code, tmp_path):
     path = tmp_path / "data.pkl"
     path.write_bytes(code)
-    assert "not a whole pickle" in refusal(load_pickle, path)
+    assert "not a complete pickle" in refusal(load_pickle, path)
 
 
 def test_broken_npy_files_are_refused(tmp_path):
@@ -160,10 +160,10 @@ def test_broken_npy_files_are_refused(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"no array", whole[:50], whole[:-1]):
         path.write_bytes(content)
-        assert "not a whole .npy file" in refusal(load_npy, path)
+        assert "not a complete .npy file" in refusal(load_npy, path)
     save_object(path, PLAIN)
     path.write_bytes(path.read_bytes()[:-9])
-    assert "not a whole pickle" in refusal(load_npy, path)
+    assert "not a complete pickle" in refusal(load_npy, path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -100,13 +100,13 @@ def stored(workdir: Path, step: int) -> list[np.ndarray]:
     from contextualstory_jax.config.config_files import load_recipe
     from contextualstory_jax.distributed.sharding import Placement, make_mesh
     from contextualstory_jax.models.story_model import StoryModel
-    from contextualstory_jax.training import trainer
+    from contextualstory_jax.training import start_state
 
     config = load_recipe(RECIPE)
     placement = Placement(make_mesh(config.mesh))
-    abstract = trainer.abstract_state(StoryModel(config.model), config, placement)
+    abstract = start_state.abstract_state(StoryModel(config.model), config, placement)
     with Checkpoints(workdir) as checkpoints:
-        items = checkpoints.restore(step, trainer.to_items(abstract))
+        items = checkpoints.restore(step, start_state.to_items(abstract))
     import jax
 
     return [np.asarray(leaf) for leaf in jax.tree.leaves(items)]

@@ -20,7 +20,7 @@ from contextualstory_jax.config.config_files import load_recipe
 from contextualstory_jax.config.mesh_config import MeshConfig, ShardingRule
 from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
-from contextualstory_jax.training import trainer
+from contextualstory_jax.training import start_state
 from contextualstory_jax.training.trainer import train_and_evaluate
 from contextualstory_jax.utils.errors import UserError
 
@@ -140,7 +140,7 @@ def test_each_of_eight_devices_keeps_an_eighth_of_the_published_state(name):
     placement = Placement(EIGHT)
 
     placement.check(model.shapes)  # every rule is used, everything large split
-    leaves = jax.tree.leaves(trainer.abstract_state(model, recipe, placement))
+    leaves = jax.tree.leaves(start_state.abstract_state(model, recipe, placement))
 
     whole = sum(math.prod(leaf.shape) for leaf in leaves)
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)

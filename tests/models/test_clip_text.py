@@ -83,7 +83,7 @@ def test_activations_of_one_are_exact(hidden_act, expected):
 
 
 def test_more_tokens_than_positions_are_refused(tiny):
-    with pytest.raises(ValueError, match="7 tokens, but the text tower has 6 positions"):
+    with pytest.raises(ValueError, match="7 tokens, but the text encoder has 6 positions"):
         encode(*tiny, [[0] * 7])
 
 

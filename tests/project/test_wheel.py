@@ -141,6 +141,6 @@ def test_a_folder_of_stories_is_prepared_encoded_trained_on_and_evaluated(run, t
 
     steps = [json.loads(line)["step"] for line in (run.folder / "run/metrics.jsonl").open()]
     assert steps == [2]
-    assert "15 pictures and 15 sentences" in encoded
+    assert "15 images and 15 sentences" in encoded
     assert "stored in checkpoint 2 of run" in means
     assert (run.folder / "evaluation" / "index.html").is_file()

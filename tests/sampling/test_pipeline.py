@@ -18,9 +18,9 @@ from contextualstory_jax import Story, StoryPipeline, UserError
 from contextualstory_jax.config.build import build
 from contextualstory_jax.config.model_config import FrameInitConfig, ModelConfig, SamplingConfig
 from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
+from contextualstory_jax.diffusion.noise import story_key
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.sampling.camera_motion import film
-from contextualstory_jax.sampling.pipeline import story_key
 from scripts.benchmarks.drawing import CompilationCount
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")

@@ -287,7 +287,7 @@ def test_other_stories_are_refused(recipe, cache, tokenizer, tmp_path):
     refuses(
         with_data(with_cache(recipe, cache), root=str(root)),
         tokenizer,
-        "the latent cache .* is of other stories than the recipe's data; ",
+        "the latent cache .* is of other stories than the config's data; ",
     )
 
 
@@ -324,7 +324,7 @@ def cut(path: Path) -> None:
             "is damaged .text-.* has no readable records, not",
         ),
         (lambda d: (d / "pictures.npy").unlink(), "is damaged .*pictures.npy"),
-        (lambda d: np.save(d / "pictures.npy", np.ones(3)), "pictures.npy counts other pictures"),
+        (lambda d: np.save(d / "pictures.npy", np.ones(3)), "pictures.npy counts other images"),
         (lambda d: (d / "cache.json").write_text("{"), "cache.json cannot be read .*; make the"),
         (lambda d: (d / "cache.json").write_text("{}"), "cache.json does not describe .* format 1"),
         (lambda d: (d / "cache.json").write_text('{"format": 1}'), "does not describe a latent"),

@@ -23,7 +23,7 @@ from contextualstory_jax.data.loader import TOKENIZER_DIR
 from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
-from contextualstory_jax.training import trainer
+from contextualstory_jax.training import start_state, trainer
 from contextualstory_jax.training.train_step import TrainState, init_state
 from contextualstory_jax.training.trainer import NonFiniteLoss, train_and_evaluate
 from contextualstory_jax.utils.errors import UserError
@@ -257,7 +257,7 @@ def test_every_trained_parameter_has_a_gradient(recipe, tiny_model_config):
     tokenizer = Tokenizer(TOKENIZER_DIR, tiny_model_config.text_encoder.max_position_embeddings)
     state = jax.device_put(
         init_state(params, recipe),
-        jax.tree.map(lambda s: s.sharding, trainer.abstract_state(model, recipe, placement)),
+        jax.tree.map(lambda s: s.sharding, start_state.abstract_state(model, recipe, placement)),
     )
     step = trainer.compile_step(model, recipe, placement, state, tokenizer)
 

@@ -1,4 +1,4 @@
-"""DDIM: what the released models are sampled with."""
+"""DDIM: the solver of the released models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DDIMCoefficients(NamedTuple):
     clip: Float[np.ndarray | Array, "*t"]  # the clean latents' largest magnitude
     signal_next: Float[np.ndarray | Array, "*t"]
     sigma_next: Float[np.ndarray | Array, "*t"]  # of the predicted noise
-    sigma_fresh: Float[np.ndarray | Array, "*t"]  # of the noise drawn anew
+    sigma_fresh: Float[np.ndarray | Array, "*t"]  # of the fresh noise
 
 
 def ddim(config: SchedulerConfig, steps: int, eta: float = 0.0) -> Sampler:

@@ -14,10 +14,10 @@ from contextualstory_jax.diffusion.solvers.sampler import Pairs, Sampler, clean_
 
 
 class LogSNRSteps(NamedTuple):
-    """Where a solver in the log of the SNR goes, and what it makes of a prediction there.
+    """Steps of a solver in the log of the SNR, and its factors of a prediction at each.
 
     A step is `x_next = keep * x + gain * clean`, where the clean latents stay as they are. Here
-    they go on along a line: `keep * x + weights . (clean, clean one timestep before)`.
+    they continue along a line: `keep * x + weights . (clean, clean one timestep before)`.
     """
 
     timesteps: Int32[np.ndarray, "t"]

@@ -18,7 +18,7 @@ from contextualstory_jax.diffusion.solvers.sampler import Pairs, Sampler, clean_
 
 
 class SigmaSteps(NamedTuple):
-    """Where a solver in sigma goes, and what it makes of a prediction there."""
+    """Steps of a solver in sigma, and its factors of a prediction at each."""
 
     timesteps: Float32[np.ndarray, "t"]
     sigma: Float64[np.ndarray, "t"]
@@ -35,7 +35,7 @@ def sigma_steps(config: SchedulerConfig, steps: int) -> SigmaSteps:
     """
     timesteps = sampling_timesteps(config, steps)
     if config.timestep_spacing == "linspace":
-        # Parity: these solvers do not round. Elsewhere timesteps are whole anyway.
+        # Parity: these solvers do not round. Elsewhere timesteps are integers anyway.
         timesteps = np.linspace(0, config.num_train_timesteps - 1, steps)[::-1]
     sigma = noise_to_signal(config, timesteps)
     scale = 1 / np.sqrt(sigma**2 + 1)
@@ -71,7 +71,7 @@ def euler(config: SchedulerConfig, steps: int) -> Sampler:
 
 
 def euler_ancestral(config: SchedulerConfig, steps: int) -> Sampler:
-    """Euler past the next sigma, and back up to it with noise drawn anew.
+    """Euler past the next sigma, and back up to it with fresh noise.
 
     Raises `UserError` where there are no such timesteps. Source: k-diffusion
     sample_euler_ancestral; diffusers EulerAncestralDiscreteScheduler, which leaves out

@@ -1,4 +1,4 @@
-"""The step that Euler, LMS and DPM-Solver++ share: linear in what the network said so far."""
+"""The step that Euler, LMS and DPM-Solver++ share: linear in the predictions so far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MultistepCoefficients(NamedTuple):
     next: Float[np.ndarray | Array, "*t 2"]  # that make this step's part of the next latents
     output: Float[np.ndarray | Array, "*t 2"]  # that make what later steps remember of this one
     earlier: Float[np.ndarray | Array, "*t k"]  # of what the steps before left, latest first
-    fresh: Float[np.ndarray | Array, "*t"]  # of the noise drawn anew
+    fresh: Float[np.ndarray | Array, "*t"]  # of the fresh noise
 
 
 def multistep(

@@ -35,7 +35,7 @@ ADAMS_BASHFORTH = (
 class Evaluation(NamedTuple):
     """One call of the network, and the DDIM step taken on it."""
 
-    timestep: int  # that the network is told
+    timestep: int  # that conditions the network
     start: int  # timesteps the step leads from and to; below 0 are clean latents
     end: int
     from_x: bool  # whether it starts from the latents at hand, or where the one before did

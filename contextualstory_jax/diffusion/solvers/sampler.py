@@ -1,4 +1,4 @@
-"""What a solver of the reverse process is, and the arithmetic that solvers share."""
+"""Interface of a solver of the reverse process, and the arithmetic that solvers share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sampler:
     """
 
     # Any, because JAX rebuilds a pytree with placeholders for its arrays.
-    timesteps: Any  # Num[Array, "t"]: what the network is told at each evaluation, in order
+    timesteps: Any  # Num[Array, "t"]: the network's timestep at each evaluation, in order
     coefficients: Any  # a pytree of float32 arrays with leading axis t
     init_noise_sigma: Any  # Float[Array, ""]: the standard deviation of the first latents
     step: Callable = dataclasses.field(metadata={"static": True})
