@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Make a config dataclass of a mapping.
+    """Build a config dataclass from a mapping.
 
     Nested mappings become nested dataclasses and lists tuples; a union of dataclasses is chosen by
     its `kind`. Raises `UserError` naming the dotted key that is unknown or has a value of the wrong
@@ -73,7 +73,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def dotted(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A mapping of mappings as one, by dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= (
@@ -102,7 +102,7 @@ def check_range(
 
 
 def check_pattern(where: str, pattern: str) -> None:
-    """Raise `UserError` where a regex is none."""
+    """Raise `UserError` for an invalid regex."""
     try:
         re.compile(pattern)
     except re.error as error:

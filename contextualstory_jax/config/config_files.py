@@ -77,7 +77,7 @@ def train_config(
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Let code import from where its folder lies, and the files in it and ours as `configs`."""
+    """Make a config's folder importable, and its files and the package's as `configs`."""
     path, kept = list(sys.path), _remove_configs()
     package = types.ModuleType("configs")
     package.__path__ = [str(folder), str(folder.parent / "configs"), str(CONFIGS)]

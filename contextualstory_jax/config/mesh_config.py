@@ -11,7 +11,7 @@ from contextualstory_jax.utils.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRule:
-    """Over which axes of the mesh the last dimensions of some parameters are split."""
+    """The mesh axes over which the last dimensions of some parameters are sharded."""
 
     pattern: str  # regex on `part.path`
     axes: tuple[Literal["fsdp", "tensor"] | None, ...]  # of the last dimensions, in order

@@ -216,12 +216,12 @@ class TextEncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """The noise schedule and how sampling walks it. Defaults are the released models'.
+    """The noise schedule and how sampling steps through it. Defaults are the released models'.
 
     Every solver (`SamplingConfig.scheduler`) reads it as diffusers' `from_config` would, but for
-    zero terminal SNR, which here all know. `clip_sample` is of ddim alone, `set_alpha_to_one` of
-    ddim and pndm. Source: diffusers DDIMScheduler and PNDMScheduler; the reference's
-    `noise_scheduler_kwargs`.
+    zero terminal SNR, which all solvers here support. `clip_sample` is of ddim alone,
+    `set_alpha_to_one` of ddim and pndm. Source: diffusers DDIMScheduler and PNDMScheduler; the
+    reference's `noise_scheduler_kwargs`.
     """
 
     num_train_timesteps: int = 1000
@@ -291,8 +291,8 @@ class SamplingConfig:
         )
 
 
-# What the backward pass computes again, layer by layer, instead of keeping it: nothing; all but the
-# outputs of matrix products; all but the layers' inputs.
+# Rematerialised in the backward pass, layer by layer, instead of kept: nothing; all but the outputs
+# of matrix products; all but the layers' inputs.
 Remat = Literal["none", "block", "full"]
 
 CameraMotion = Literal["pan_left", "pan_right", "zoom_in", "zoom_out"]
@@ -319,7 +319,7 @@ class FrameInitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides what a set of weights means."""
+    """Everything needed to interpret a set of weights."""
 
     unet: UNetConfig = UNetConfig()
     vae: AutoencoderKLConfig | SpaceToDepthConfig = AutoencoderKLConfig()

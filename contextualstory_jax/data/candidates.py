@@ -1,4 +1,4 @@
-"""All images that a frame can show, of which a source's `picture` takes one."""
+"""All candidate images of a frame, of which a source's `picture` takes one."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     FOLDER/moments-00000-of-00002.array_record   one record per image: mean, then log of variance
     FOLDER/text-00000-of-00002.array_record      one record per sentence: its features
     FOLDER/pictures.npy                          number of images in each file of the dataset
-    FOLDER/cache.json                            shapes, what it was made of, the StoryFlow mean
+    FOLDER/cache.json                            shapes, what it was made from, the StoryFlow mean
 
 Images and sentences that several stories share are stored once, in the order in which the stories
 first show them; sentence 0 is the empty one. Of a frame that shows one of several images all are
@@ -55,7 +55,7 @@ class StoryTable(NamedTuple):
 
 
 def tabulate(source: StorySource) -> StoryTable:
-    """The table of all stories of a source; no image is read."""
+    """Index all stories of a source; no image is read."""
     paths: dict[Path, int] = {}
     sentences = {"": 0}
     digest = hashlib.sha256()
@@ -121,7 +121,7 @@ class Records:
 
 
 class LatentCache:
-    """A folder with a latent cache; `about` is what its `cache.json` says.
+    """A folder with a latent cache; `about` is the content of its `cache.json`.
 
     Raises `UserError` for one that is damaged or incomplete.
     """
@@ -198,7 +198,7 @@ class LatentCache:
 class EncodedStories:
     """The stories of a source, read from a cache instead.
 
-    Raises `UserError` where the cache is of other stories.
+    Raises `UserError` where the cache holds other stories.
     """
 
     def __init__(self, source: StorySource, cache: LatentCache):

@@ -174,7 +174,7 @@ def read_batches(
     dataset = steps.to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads its own, and commands here have none
+            flags.FLAGS.mark_as_parsed()  # grain reads its own flags; commands here define none
         before_processes()
         dataset = dataset.mp_prefetch(
             grain.multiprocessing.MultiprocessingOptions(
@@ -228,10 +228,10 @@ def process_rows(sharding: Sharding, batch_size: int) -> list[int]:
 class EvaluationBatch(NamedTuple):
     """Some stories, in arrays padded to the batch size by repeating the last story."""
 
-    stories: list[Example]  # without the repeated
+    stories: list[Example]  # without the padding
     images: UInt8[np.ndarray, "b 5 h w 3"]
     ids: Int32[np.ndarray, "b 5 l"]
-    mask: Bool[np.ndarray, "b"]  # False for the repeated
+    mask: Bool[np.ndarray, "b"]  # False for padding
 
 
 def evaluation_batches(
@@ -264,7 +264,7 @@ def evaluation_batches(
 
 
 class WaitMeter(Generic[T]):
-    """An iterator that measures how long it was waited for."""
+    """An iterator that measures the time spent waiting for it."""
 
     def __init__(self, iterator: Iterator[T]):
         self._iterator = iterator

@@ -29,7 +29,7 @@ from contextualstory_jax.utils.errors import require
 
 FILES_PER_SHARD = 256  # with images; 48 MiB at 256 pixels where each file has one
 MOST_TOKENS = 77  # of a caption, that the text encoder reads
-LONG = "long caption"  # the finding that keeps no story out
+LONG = "long caption"  # the finding that excludes no story
 LONG_NAMED = 3
 
 
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def problems(self) -> list[Finding]:
-        """The findings that keep stories from being written: all but long captions."""
+        """The findings that exclude stories from the dataset: all but long captions."""
         return [finding for finding in self.findings if finding.kind != LONG]
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ def prepare(
     """Write the stories in `config.root` to a new folder, with images of `size` x `size` pixels.
 
     Where something is wrong with them the folder is not created. With `skip_broken` it is, without
-    the stories that miss an image and those whose id an earlier one has. Captions of more than 77
+    the stories with a missing image and those whose id an earlier one has. Captions of more than 77
     tokens are reported and kept: the tokenizer truncates them.
 
     Args:
@@ -89,7 +89,7 @@ def prepare(
         token_count: Number of tokens of a caption, by default `least_tokens`.
         skip_broken: Leave out broken stories instead of writing nothing.
         workers: Number of processes that write shards.
-        progress: Called with the number of image files that are done, and of all.
+        progress: Called with the numbers of image files done and in total.
 
     Raises:
         UserError: The folder is not the dataset's, or writing fails.
@@ -184,7 +184,7 @@ def open_splits(config: DataConfig, size: int) -> dict[str, StorySource]:
 
 
 class _Unread(StorySource):
-    """A source whose images are assumed intact; writing them finds those that are not."""
+    """A source whose images are assumed intact; broken ones are found when they are written."""
 
     def __init__(self, source: StorySource):
         super().__init__(source.split, source.size, source.seed)
@@ -213,7 +213,7 @@ def _of_pictures(stories: Sequence[StoryRecord], broken: Mapping[Path, str]) -> 
     for number, story in enumerate(stories):
         for path in story.paths:
             if path in broken:
-                kind = "unreadable picture" if os.path.exists(path) else "missing picture"
+                kind = "unreadable image" if os.path.exists(path) else "missing image"
                 yield Finding(kind, number, broken[path])
 
 

@@ -30,7 +30,7 @@ from contextualstory_jax.data.story_source import (
 from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.files import check_file
 
-STORIES, PICTURES = "stories", "pictures"  # folders, and of the latter the split
+STORIES, PICTURES = "stories", "pictures"  # folders; the latter also names the split
 
 
 def is_prepared(root: Path) -> bool:

@@ -90,7 +90,7 @@ def _outline_fit(images: UInt8[np.ndarray, "n h h 3"]) -> Float32[np.ndarray, "n
 def _colour_masks(
     pictures: UInt8[np.ndarray, "*n 3"],
 ) -> Float32[np.ndarray, "*n k"]:
-    """How surely each pixel has each character's colour, 0 to 1; only the nearest colour counts."""
+    """Confidence, 0 to 1, that a pixel has each character's colour; only the nearest counts."""
     distance = np.linalg.norm(pictures[..., None, :].astype(np.float32) - COLOURS, axis=-1)
     sure = np.clip((FAR - distance) / (FAR - NEAR), 0, 1)
     return np.where(distance == distance.min(axis=-1, keepdims=True), sure, 0)
@@ -100,7 +100,7 @@ def _colour_masks(
 def _outlines(size: int) -> Float32[np.ndarray, "k look h w"]:
     """Masks of unit length: each character standing and asleep, sharp and blurred.
 
-    Blur eats tips and mixes colours, so that a soft star has another mask than a sharp one.
+    Blur erodes tips and mixes colours, so that a blurred star's mask differs from a sharp one's.
     """
     half = round((RADIUS + MARGIN) * size)
     figures = (Figure("middle", "stand"), Figure("middle", "sleep"))

@@ -38,7 +38,7 @@ DATASET = "dataset"  # in the work folder: renamed to `OUT` at the end
 
 
 class _Note(NamedTuple):
-    """Contents of a shard: the number of records of each file, and what is wrong with broken ones.
+    """Contents of a shard: the number of records of each file, and the errors of broken ones.
 
     `remarks` are those of its process so far, which the first process logs. `stamps` are the
     files' sizes and times of change when they were read.
@@ -63,7 +63,7 @@ def write_pictures(
     tasks = []
     for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
         note = _read_note(path)
-        # What was broken may have been fixed.
+        # Broken files may have been fixed.
         if note is None or note.broken or note.stamps != list(map(_stamp, shard.paths)):
             tasks.append((number, shard, builder.features, path))
         else:
@@ -247,7 +247,7 @@ def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
 
 
 def finish(work: Path, out: Path) -> None:
-    """Give the dataset its name."""
+    """Rename the finished work folder to `out`."""
     try:
         (work / DATASET).rename(out)
     except OSError as error:

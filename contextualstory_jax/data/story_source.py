@@ -168,7 +168,7 @@ def strict_windows(
 
 
 class EmptySplit(UserError):
-    """A split has no stories; others may have some."""
+    """Error for a split without stories; others may have some."""
 
 
 def require_stories(source: StorySource) -> None:
@@ -202,7 +202,7 @@ def held_out_note(counts: Mapping[str, int], fraction: float) -> str:
 
 
 def require_files(root: Path, dataset: str, names: Sequence[str]) -> None:
-    """Raise `UserError`, saying what was looked for and found, unless all names are in a folder."""
+    """Raise `UserError` with the names looked for and found unless a folder has all of them."""
     found = [name for name in names if os.path.exists(root / name)]
     require(
         len(found) == len(names),

@@ -125,7 +125,7 @@ class StoryBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=PICTURES, description="Every picture once."),
+        tfds.core.BuilderConfig(name=PICTURES, description="Every image once."),
         tfds.core.BuilderConfig(name=STORIES, description="Five frames with their sentences."),
     ]
 

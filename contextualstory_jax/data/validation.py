@@ -14,7 +14,7 @@ from contextualstory_jax.utils.errors import UserError
 class Finding(NamedTuple):
     """One problem: its kind, the first story (index in its source) that has it, and a message."""
 
-    kind: Literal["duplicate id", "missing picture", "unreadable picture", "long caption"]
+    kind: Literal["duplicate id", "missing image", "unreadable image", "long caption"]
     story: int
     message: str
 
@@ -56,5 +56,5 @@ def _picture_problem(source: StorySource, path: Path, index: int) -> Iterator[Fi
     try:
         source.picture(path)
     except UserError as error:
-        kind = "unreadable picture" if os.path.exists(path) else "missing picture"
+        kind = "unreadable image" if os.path.exists(path) else "missing image"
         yield Finding(kind, index, str(error))

@@ -1,7 +1,7 @@
 """Words of the stories that a model was trained on, kept beside its weights.
 
 Training writes `vocabulary.json` into its workdir; `generate` warns of words that are not in it.
-Converted models have none: nobody recorded it.
+Converted models have none: it was not recorded.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary beside a model's weights, None where there is none.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: The file is damaged.
     """
     path = folder / FILE
     if not path.exists():

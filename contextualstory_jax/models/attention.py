@@ -149,9 +149,9 @@ def seta_attention(
 def rotate(
     x: Float[Array, "b f *rest c"], freqs: Float[Array, " r"]
 ) -> Float[Array, "b f *rest c"]:
-    """Rotary positions: turn interleaved pairs of channels by frame index times frequency.
+    """Rotary positions: rotate interleaved pairs of channels by frame index times frequency.
 
-    The first 2r channels are turned; the others keep their values.
+    The first 2r channels are rotated; the others keep their values.
 
     Reference: rotary_embedding.py apply_rotary_emb.
     """

@@ -7,7 +7,7 @@ convolution of the clean first frame. The original writes in place, so that wher
 also a stored skip connection the skip changes too; `put_first_frame` is therefore a call of its own
 and the UNet stores what it returns (`unet.py`).
 
-In training a layer's parts may be computed again in the backward pass instead of being kept
+In training a layer's parts may be rematerialised in the backward pass instead of being kept
 (`Remat` in `config/model_config.py`).
 """
 
@@ -164,7 +164,10 @@ class Block(nnx.Module):
 
 
 class DownBlock(Block):
-    """Reference: videoldm_unet_blocks.py VideoLDMCrossAttnDownBlock, VideoLDMDownBlock."""
+    """Layers, then half the size but for the last level.
+
+    Reference: videoldm_unet_blocks.py VideoLDMCrossAttnDownBlock, VideoLDMDownBlock.
+    """
 
     def __init__(self, config: UNetConfig, level: int, remat: Remat):
         channels = config.block_out_channels
@@ -242,7 +245,10 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-    """Reference: videoldm_unet_blocks.py VideoLDMCrossAttnUpBlock, VideoLDMUpBlock."""
+    """One layer more than a down block, then twice the size but for the last.
+
+    Reference: videoldm_unet_blocks.py VideoLDMCrossAttnUpBlock, VideoLDMUpBlock.
+    """
 
     def __init__(self, config: UNetConfig, index: int, remat: Remat):
         channels = config.block_out_channels[::-1]

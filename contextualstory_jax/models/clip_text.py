@@ -24,8 +24,8 @@ class TextEmbeddings(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig):
         width = config.hidden_size
-        # Only an encoder trained from scratch sees these: with CLIP's 0.02 its words would drown in
-        # the unit-scale outputs of its own fresh attention.
+        # Used only when training from scratch: CLIP's 0.02 would be lost in the unit-scale outputs
+        # of newly initialised attention.
         self.token_embedding = embed(config.vocab_size, width, 1.0)
         self.position_embedding = embed(config.max_position_embeddings, width, 0.1)
 

@@ -8,8 +8,8 @@ same for every implementation:
   compute masked ones as well;
 - a temporal convolution over f frames has `3 f - 2` taps, none on the padding at the ends; the 3x3
   convolutions of images count all nine at the borders;
-- what does not depend on the denoising step is work of the story: contextualizer, keys and values
-  of the text, StoryFlow; what depends on weights alone (projected frame positions) is none.
+- work that does not depend on the denoising step counts once per story: contextualizer, keys and
+  values of the text, StoryFlow; work on weights alone (projected frame positions) does not count.
 
 A `Counter` maps parts to operations, and its `total()` is their sum. Sizes are the config's own:
 `dataclasses.replace(config, height=..., width=...)` counts another.
@@ -51,7 +51,7 @@ DEVICES = {
 
 
 def peak_flops(device_kind: str, compute_dtype: str) -> float | None:
-    """Operations a second at best, or None where there is no one number to compare with.
+    """Peak operations a second, or None where there is no one number to compare with.
 
     That is for an unknown device, and for float32, which JAX multiplies in as many bfloat16 or TF32
     passes as its precision says.
@@ -256,8 +256,8 @@ def training_step_flops(config: TrainConfig) -> Counter[str]:
     """One optimizer step on all devices together, by network.
 
     A backward pass is twice the forward one. The UNet has one, whichever of its parameters are
-    trained; VAE and text encoder where any of theirs are. What rematerialisation computes again
-    does not count, and with a latent cache neither VAE nor text encoder runs.
+    trained; VAE and text encoder where any of theirs are. Rematerialised work
+    does not count; with a latent cache neither VAE nor text encoder runs.
     """
     model, stories = config.model, config.batch_size
     frames = model.unet.n_frames
@@ -291,7 +291,7 @@ def drawing_flops(config: ModelConfig, steps: int, branches: int) -> Counter[str
     frames = config.unet.n_frames
     return Counter(
         {
-            "text tower": frames * text_tower_flops(config),
+            "text encoder": frames * text_tower_flops(config),
             **storyline_flops(config),
             "UNet": steps * branches * unet_flops(config).total(),
             "encoder": encoder_flops(config) if config.unet.is_continuation else 0,

@@ -1,4 +1,4 @@
-"""The layers every network is made of.
+"""Basic layers of every network.
 
 They are Flax NNX's, with PyTorch's initialisers and each numerical choice written out.
 
@@ -26,7 +26,7 @@ Initialiser = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 
 
 class Declaration(jax.ShapeDtypeStruct):
-    """A parameter to be: its shape, float32, and initialiser."""
+    """A declared float32 parameter: its shape and initialiser."""
 
     def __init__(self, shape: tuple[int, ...], initialiser: Initialiser):
         super().__init__(shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""A module class as pure functions of a flat dict; outside `models/` nobody sees NNX.
+"""A module class as pure functions of a flat dict; NNX is not visible outside `models/`.
 
 A parameter's name is its path with dots, `down_blocks.0.resnets.0.conv1.kernel`: the checkpoint key
 of the PyTorch model but for the last word. Flat dicts make path rules (sharding, freezing, weight
@@ -43,7 +43,7 @@ class Network(Generic[M]):
         return {name: self.draw(seed, name) for name in self.shapes}
 
     def draw(self, seed: int, name: str) -> np.ndarray:
-        """One parameter's first values, float32: a function of the seed and its name."""
+        """One parameter's initial values, float32: a function of the seed and its name."""
         declared = self.shapes[name]
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
         return declared.initialiser(generator, declared.shape)

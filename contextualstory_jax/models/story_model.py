@@ -1,8 +1,8 @@
 """The three networks of a `ModelConfig` as one model, shared by training and sampling.
 
 Parameters are `{part: {name: array}}` with the parts `unet`, `vae` and `text_encoder`; a
-parameter's full path is `part.name`. Networks compute in the dtype given here; what crosses between
-them is float32.
+parameter's full path is `part.name`. Networks compute in the dtype given here; values passed
+between them are float32.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StoryModel:
         Args:
             config: The model.
             dtype: To compute in.
-            remat: What a backward pass computes again.
+            remat: Rematerialisation in the backward pass.
         """
         self.config = config
         self.dtype = dtype
@@ -96,7 +96,7 @@ class StoryModel:
     def contextualize(
         self, params: Parts, text: Float[Array, "b f l d"]
     ) -> Float[Array, "b f l d"]:
-        """Sentences that have read each other; the null text bypasses this."""
+        """Text after the Storyline Contextualizer; the null text bypasses this."""
         return self._unet(params).contextualize(text.astype(self.dtype))
 
     def text_keys_values(

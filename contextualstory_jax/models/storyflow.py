@@ -22,7 +22,7 @@ def storyflow(latents: Float[Array, "b f h w c"]) -> Float[Array, "b f-1"]:
 
 
 def interpolation(frames: int) -> Float[np.ndarray, "f f-1"]:
-    """Weights that stretch f - 1 values to f frames linearly.
+    """Weights of the linear interpolation from f - 1 values to f frames.
 
     Centres are at half pixels, torch's align_corners=False.
     """

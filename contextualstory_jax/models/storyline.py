@@ -1,4 +1,4 @@
-"""Storyline Contextualizer: the sentences' CLIP tokens read each other before any frame does."""
+"""Storyline Contextualizer: attention over the CLIP tokens of all sentences, before the UNet."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Layers across frames: temporal convolution and transformer, blended in by a learned alpha.
 
-`alpha` is 1 at initialisation, where the temporal branch is silent. The original clamps it, in
+`alpha` is 1 at initialisation, where the temporal branch has no effect. The original clamps it, in
 place and to [0, 1], before its use, so that the gradient is that of the clamped value and is not
 cut: `clamp_alphas` does this to the parameters before they are used, and the modules do not clip.
 """
@@ -88,8 +88,8 @@ class TemporalResnetBlock(nnx.Module):
 class TemporalAttention(Attention):
     """Attention of each position over its own frames or, with `seta`, their 3x3 neighbourhoods too.
 
-    Rotary positions turn the first half of the channels before the head split, so that half of the
-    heads see no position; otherwise a fixed sinusoidal table is added to the tokens.
+    Rotary positions rotate the first half of the channels before the head split, so that half of
+    the heads see no position; otherwise a fixed sinusoidal table is added to the tokens.
 
     Reference: videoldm_attention.py TemporalConditionalAttention, RotaryEmbAttnProcessor2_0.
     """

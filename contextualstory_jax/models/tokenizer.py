@@ -1,4 +1,4 @@
-"""Sentences to token ids, by a checkpoint's own CLIP tokenizer files."""
+"""Sentences to token ids, with a checkpoint's own CLIP tokenizer files."""
 
 from __future__ import annotations
 

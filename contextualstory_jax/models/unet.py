@@ -1,9 +1,10 @@
 """The spatio-temporal UNet of ContextualStory.
 
-What does not depend on the noisy latents has calls of its own and is passed in: once per story
-`contextualize` (sentences reading each other), `text_keys_values` (every cross-attention's keys and
-values) and `storyflow` (the embedding of scene changes); for all steps together `time_shifts` (the
-conditioning of every resnet on the step). `__call__` predicts the noise of one step from them.
+Terms that do not depend on the noisy latents have methods of their own and are passed in: once per
+story `contextualize` (attention between sentences), `text_keys_values` (every cross-attention's
+keys and values) and `storyflow` (the embedding of scene changes); for all steps together
+`time_shifts` (the conditioning of every resnet on the step). `__call__` predicts the noise of one
+step from them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Image codecs, between images in [-1, 1] and latents: a KL autoencoder, or space-to-depth.
 
 An image codec works on unscaled latents. `sample_latents` multiplies by the config's
-`scaling_factor` and `decode_latents` divides by it, so that everything beyond sees scaled latents
+`scaling_factor` and `decode_latents` divides by it, so that all other code sees scaled latents
 only.
 """
 

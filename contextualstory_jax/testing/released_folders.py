@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ WEIGHT_FILES = {
 }
 PREFIXES = {"unet": "", "vae": "vae.", "text_encoder": "text_encoder."}  # of `parity_weights` names
 
-Manifest = Mapping[str, tuple[tuple[int, ...], str]]  # key -> shape and dtype
+Manifest = Mapping[str, Sequence[Any]]  # key -> shape and dtype, as JSON holds them
 
 
 def tensor(part: str, key: str, shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:

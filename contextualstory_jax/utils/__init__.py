@@ -1,4 +1,4 @@
-"""Errors, the command line, atomic files and Ctrl-C: what has nothing to do with stories.
+"""Errors, command line, atomic writes and Ctrl-C handling, independent of stories.
 
-Imports nothing of ours.
+Imports no other folder of the package.
 """

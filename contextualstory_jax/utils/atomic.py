@@ -1,4 +1,4 @@
-"""Atomic writes: a file or a folder is complete, or not there at all."""
+"""Atomic writes: a file or a folder is complete or does not exist."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import reprlib
 
 
 class UserError(ValueError):
-    """Bad input: the message names the thing and the fix, in one line."""
+    """Bad input; the message names the cause and the fix in one line."""
 
 
 def brief(value: object) -> str:

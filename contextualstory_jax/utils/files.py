@@ -1,4 +1,4 @@
-"""Input files: checked before they are opened, and text read by the line."""
+"""Input files: checks before opening, and text read line by line."""
 
 from __future__ import annotations
 

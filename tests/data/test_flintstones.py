@@ -273,6 +273,4 @@ def test_clips_missing_or_broken_are_found(tmp_path):
         if clip(2, 1, shot) in finding.message
     }
     assert len(found) == 5
-    assert named == {100: "missing picture"} | dict.fromkeys(
-        range(300, 700, 100), "unreadable picture"
-    )
+    assert named == {100: "missing image"} | dict.fromkeys(range(300, 700, 100), "unreadable image")

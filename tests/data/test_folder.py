@@ -130,8 +130,8 @@ def test_problems_are_all_found(tmp_path):
     source = FolderSource(tmp_path, "train", 16)
     found = [(finding.kind, finding.story) for finding in problems(source, lambda caption: 78)]
     assert found == [
-        ("missing picture", 0),
-        ("unreadable picture", 0),
+        ("missing image", 0),
+        ("unreadable image", 0),
         *[("long caption", 0)] * 5,
         ("duplicate id", 1),
     ]

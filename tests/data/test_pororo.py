@@ -343,10 +343,10 @@ def test_problems_are_all_found(tmp_path):
     source = PororoSource(tmp_path, "test", 16)
     found = list(problems(source, lambda caption: 80 if f"{LAST}6.".lower() in caption else 9))
     assert [(finding.kind, finding.story) for finding in found] == [
-        ("missing picture", 0),
+        ("missing image", 0),
         ("duplicate id", 1),
         ("long caption", 2),
-        ("unreadable picture", 3),
+        ("unreadable image", 3),
     ]
     assert "80 tokens, of which the model reads 77" in found[2].message
     with pytest.raises(UserError, match="two stories share the id Pororo"):

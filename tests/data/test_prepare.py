@@ -203,12 +203,12 @@ def test_what_is_wrong_is_reported_and_nothing_appears(tmp_path):
     assert not report.complete
     assert sorted(finding.kind for finding in report.findings) == [
         "long caption",
-        "missing picture",
-        "unreadable picture",
+        "missing image",
+        "unreadable image",
     ]
     lines = str(report).splitlines()
-    assert any("ep1/1.png" in line and line.startswith("missing picture: ") for line in lines)
-    assert any("ep1/2.png" in line and line.startswith("unreadable picture: ") for line in lines)
+    assert any("ep1/1.png" in line and line.startswith("missing image: ") for line in lines)
+    assert any("ep1/2.png" in line and line.startswith("unreadable image: ") for line in lines)
     assert lines[-1].startswith("problems: 1 ")
     assert not (tmp_path / "out").exists()
 

@@ -70,7 +70,7 @@ def test_a_picture_that_disappears_meanwhile_is_missing(interrupted, tmp_path):
 
     report = preparation.prepare(interrupted, tmp_path / "out", SIZE)
 
-    assert [finding.kind for finding in report.findings] == ["missing picture"]
+    assert [finding.kind for finding in report.findings] == ["missing image"]
     assert not (tmp_path / "out").exists()
 
 
