@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,12 +56,15 @@ class _TensorHandler(ocp.type_handlers.NumpyHandler):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log of orbax's: each of its threads would print what is raised anyway."""
+    """Silence orbax, each of whose threads would log what is raised anyway, and wait for them."""
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.FATAL)
     try:
         yield
     finally:
+        for thread in threading.enumerate():
+            if type(thread).__module__.startswith("orbax"):
+                threading.Thread.join(thread)  # orbax's own method would raise the failure again
         absl.logging.set_verbosity(verbosity)
 
 
