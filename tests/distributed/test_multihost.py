@@ -75,7 +75,7 @@ def finish(processes: list[subprocess.Popen[str]], status: int = 0) -> list[tupl
     printed = []
     try:
         for process in processes:
-            printed.append(process.communicate(timeout=400))
+            printed.append(process.communicate(timeout=1200))
     finally:
         for process in processes:
             process.kill()
