@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -127,9 +126,3 @@ def read_all(
     for group in groups(tensors, [tensor.nbytes for tensor in tensors]):
         check()
         yield from zip(group, stored.read(group), strict=True)
-
-
-if (
-    __name__ == "__main__"
-):  # `python -m contextualstory_jax.conversion.export_torch` is the command too
-    runpy.run_module("contextualstory_jax.commands.export", run_name="__main__")

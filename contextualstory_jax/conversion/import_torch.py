@@ -14,7 +14,6 @@ import functools
 import hashlib
 import math
 import re
-import runpy
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -339,9 +338,3 @@ def staged(output: Path, size: int) -> Iterator[Path]:
         raise UserError(
             f"cannot write {output}: {error.strerror}; choose another folder or disk"
         ) from error
-
-
-if (
-    __name__ == "__main__"
-):  # `python -m contextualstory_jax.conversion.import_torch` is the command too
-    runpy.run_module("contextualstory_jax.commands.convert", run_name="__main__")

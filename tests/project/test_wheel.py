@@ -117,9 +117,9 @@ def test_a_released_model_is_converted_and_exported(run, tmp_path):
         assert all(exported[key].tobytes() == original[key].tobytes() for key in original)
 
 
-def test_library_modules_of_a_command_s_name_are_the_command(run):
+def test_the_module_of_a_command_is_the_command(run):
     for name in ("convert", "export"):
-        usage = run("--help", program=("python", "-m", f"contextualstory_jax.{name}"))
+        usage = run("--help", program=("python", "-m", f"contextualstory_jax.commands.{name}"))
         assert usage.startswith(f"usage: contextualstory-jax {name} ")
 
 
