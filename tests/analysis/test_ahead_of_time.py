@@ -206,6 +206,7 @@ def eight_devices() -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_a_data_parallel_step_moves_the_gradient_alone(eight_devices):
     found = eight_devices["data"]
@@ -215,6 +216,7 @@ def test_a_data_parallel_step_moves_the_gradient_alone(eight_devices):
     assert found["all-reduce"][1] == pytest.approx(4 * eight_devices["parameters"], rel=0.05)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_an_fsdp_step_gathers_parameters_and_scatters_gradients(eight_devices):
     found = eight_devices["fsdp"]
@@ -226,6 +228,7 @@ def test_an_fsdp_step_gathers_parameters_and_scatters_gradients(eight_devices):
     assert eight_devices["split"] > 0.95 * eight_devices["parameters"]
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_generation_in_fifty_steps_runs_its_loop_fifty_times(eight_devices):
     once, in_fifty = zip(*eight_devices["operations"].values(), strict=True)
@@ -235,6 +238,7 @@ def test_generation_in_fifty_steps_runs_its_loop_fifty_times(eight_devices):
     assert eight_devices["sampler operations"] == sum(in_fifty) > 50 * prepare > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_drawing_moves_the_pictures_alone(eight_devices):
     latents = 4 * eight_devices["pictures"]  # as many values: the codec rearranges them

@@ -141,6 +141,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     return workdir, train_three(workdir, *mesh, processes=2, devices=4)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_two_processes_of_four_devices_train_as_one_device(one, two_processes):
     workdir, _ = two_processes
@@ -148,6 +149,7 @@ def test_two_processes_of_four_devices_train_as_one_device(one, two_processes):
     assert_close(workdir, one)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_the_first_process_alone_speaks_and_all_draw(two_processes):
     workdir, ((out, errors), (silent, others)) = two_processes
@@ -158,8 +160,9 @@ def test_the_first_process_alone_speaks_and_all_draw(two_processes):
     assert all(line["validation_loss"] > 0 for line in metrics(workdir) if line["step"] != 2)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("devices", [1, 8])
 def test_what_two_processes_saved_goes_on_in_one(one, two_processes, tmp_path, devices):
     workdir = shutil.copytree(two_processes[0].with_suffix(".1"), tmp_path / "run")
 

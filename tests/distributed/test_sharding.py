@@ -193,6 +193,7 @@ def metrics(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_training_on_eight_devices_is_training_on_one(eight_devices, tmp_path):
     train_and_evaluate(load_recipe(RECIPE, [*TWO_STEPS, "steps=2"]), tmp_path)
@@ -205,6 +206,7 @@ def test_training_on_eight_devices_is_training_on_one(eight_devices, tmp_path):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (mesh, name)
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_kernels_are_split_over_fsdp_alone(eight_devices):
     shards = json.loads((eight_devices / "shards.json").read_text())
@@ -218,6 +220,7 @@ def test_kernels_are_split_over_fsdp_alone(eight_devices):
     assert any(shard != whole for whole, shard in shards["fsdp"].values())
 
 
+@pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_samples_are_drawn_on_eight_devices(eight_devices):
     for mesh in ("data", "fsdp", "both"):
