@@ -7,10 +7,9 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done),python3)
 VENV := .venv/bin/python
-# Compiling takes most of the time and one core: a process a core, up to 4, each of which compiles.
-PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=worksteal
-# A file's tests share compiled programs and trained models.
-BY_FILE := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# Compiling takes most of the time and one core: a process a core, up to 4. A file's tests share
+# compiled programs and trained models.
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
@@ -24,7 +23,7 @@ test: .venv/installed-test ## run the tests (minutes, no network)
 	$(VENV) -m pytest $(PARALLEL)
 
 slow: .venv/installed-test ## run the long tests that need nothing more installed
-	$(VENV) -m pytest -m "(slow or multiprocess) and not (heavy or torch or browser)" $(BY_FILE)
+	$(VENV) -m pytest -m "(slow or multiprocess) and not (heavy or torch or browser)" $(PARALLEL)
 
 heavy: .venv/installed-test ## run the heaviest tests, before a release (an hour, 16 GB of memory)
 	$(VENV) -m pytest -m "heavy and not torch"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax.sampling.output import GRID_GAP, write_latents, write_story
-from contextualstory_jax.utils.atomic import check_writable, write_json
+from contextualstory_jax.utils.atomic import atomic_path, check_writable, write_json
 from contextualstory_jax.utils.errors import UserError
 
 SENTENCES = ("A cat.", "Ein Bär.", "熊。", "It sits.", "It sleeps.")
@@ -63,7 +63,7 @@ def test_a_story_drawn_again_takes_the_place_of_the_first_and_of_nothing_else(tm
 
 
 def test_what_fails_on_the_way_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), whole(tmp_path / "a") as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a") as temporary:
         temporary.mkdir()
         (temporary / "frame_0.png").write_text("half")
         raise ZeroDivisionError
