@@ -185,9 +185,8 @@ def frameinit_of(info: Mapping[str, Any]) -> FrameInitConfig | None:
     names: dict[str, str] = {"d_s": "spatial", "d_t": "temporal", "n": "order"}
     if given is None:
         return None
-    values: dict[str, Any] = {
-        names.get(name, name): value for name, value in given["filter_params"].items()
-    }
+    parameters: Mapping[str, Any] = given["filter_params"]
+    values = {names.get(name, name): value for name, value in parameters.items()}
     return build(FrameInitConfig, {"level": given["noise_level"]} | values, "frameinit.")
 
 
