@@ -90,14 +90,14 @@ def measure() -> dict[str, tuple[float, list[str]]]:
 
 def main() -> int:
     """Print the figures; returns the exit status."""
-    passed = 0
+    status = 0
     for name, (value, things) in measure().items():
         too_much = value > BOUNDS[name]
-        passed |= too_much
+        status |= too_much
         print(f"{value:8.4g}  {name}, at most {BOUNDS[name]}{'  <-- over' if too_much else ''}")
         if too_much:
             print(*(f"          {thing}" for thing in things), sep="\n")
-    return int(passed)
+    return int(status)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def reading(folder: Path, step: int) -> Iterator[None]:
     except Exception as error:  # orbax raises whatever its storage does
         raise Damaged(
             f"checkpoint {step} of {folder} is damaged or incomplete ({reason(error)}); "
-            "remove it or copy it anew"
+            "remove it or copy it again"
         ) from error
 
 

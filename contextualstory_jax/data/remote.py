@@ -102,7 +102,7 @@ def _copy(
         def relative_update(self, inc: int = 1) -> None:
             bar.update(inc)
 
-    told: Any = Progress()  # fsspec's own annotation admits its default alone
+    callback: Any = Progress()  # fsspec's own annotation admits its default alone
 
     def fetch(name: str) -> None:
         info, path = files[name], folder / name
@@ -110,7 +110,7 @@ def _copy(
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with removing(temporary):
-                system.get_file(info["name"], str(temporary), callback=told)
+                system.get_file(info["name"], str(temporary), callback=callback)
                 size = temporary.stat().st_size
                 require(size == info["size"], f"{root}/{name} was cut short; run again to resume")
                 if (when := _when(info)) is not None:

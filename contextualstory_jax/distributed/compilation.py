@@ -1,4 +1,4 @@
-"""The user's cache folder, and the compiled programs in it."""
+"""The persistent compilation cache, and log lines before each compilation."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def story_card(
         heading: as HTML.
         hints: shown below the sentences, empty for none.
     """
-    told = "".join(
+    columns = "".join(
         f"<td>{escape(sentence)}"
         + (f'<div class="faint">{escape(hint)}</div>' if hint else "")
         + "</td>"
@@ -111,7 +111,7 @@ def story_card(
         for name, pictures in rows.items()
     )
     return f"""<div class="card"><table class="story">
-<thead><tr><th class="faint">{heading}</th>{told}</tr></thead>
+<thead><tr><th class="faint">{heading}</th>{columns}</tr></thead>
 <tbody>
 {shown}
 </tbody>

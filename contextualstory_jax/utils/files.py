@@ -1,4 +1,4 @@
-"""Input files: checks before opening, and text read line by line."""
+"""Checks of input files before they are opened, text by the line, and the user's cache folder."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 OWN = Path(__file__).parent / "cases"
-# Of the complete UNets, which take the longest to compile: the first frame and all guidance.
-SHORT_UNETS = ("unet_sc_sample_both",)
-# Of those that take a minute or more to compile, one of a kind stays among the slow ones.
+# Of the complete UNets, which take the longest to compile: both tasks, training and all guidance.
+SHORT_UNETS = ("unet_sv_train", "unet_sc_sample_both")
+# They take minutes to compile, and cases of the same kinds stay among the slow ones.
 HEAVY = ("gradient_sv_6x9", "gradient_sv_10x6", "gradient_frame_stride", "train_sc")
 
 

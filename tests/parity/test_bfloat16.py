@@ -19,16 +19,15 @@ from contextualstory_jax.testing.parity_cases import (
     compare,
     relative_error,
 )
-from tests.parity.conftest import OWN, find_cases, name
+from tests.parity.conftest import OWN, SHORT_UNETS, find_cases, name
 
 MODULES, UNETS = 2e-2, 6e-2
-COMPLETE = ("unet_sv_train", "unet_sc_sample_both")  # both tasks, training and all guidance
 
 CASES = [
     path
     for path in find_cases(OWN)
     if (kind := json.loads(path.read_text())["kind"]) in COMPARE
-    and (kind != "unet" or name(path) in COMPLETE)
+    and (kind != "unet" or name(path) in SHORT_UNETS)
 ]
 
 

@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 from scripts import draw_architecture
 
 ROOT = Path(__file__).parents[2]
@@ -64,3 +66,30 @@ def test_rooms_stand_above_what_they_import():
 
     assert draw_architecture.floors(imports) == [["top"], ["middle"], ["base"]]
     assert draw_architecture.direct(imports) == [("middle", "base"), ("top", "middle")]
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/where-is-it.md", "CONTRIBUTING.md"])
+def test_linked_functions_are_in_the_files_of_their_links(page):
+    path = ROOT / page
+    links = re.findall(r"\[(`?)([\w./]+)`?\]\(([^)#:]+)\)", path.read_text())
+    assert len(links) >= 8
+
+    for code, name, link in links:
+        file = path.parent / link
+        assert file.exists(), link
+        if code and file.suffix == ".py":
+            assert not missing(name, file.read_text()), f"{name} is not in {link}"
+
+
+def missing(name: str, source: str) -> list[str]:
+    """The words of `Class.method` that a module does not define."""
+    defined = set(re.findall(r"(?:def|class) (\w+)|^(\w+)(?:: [^=\n]+)? = ", source, re.MULTILINE))
+    names = {word for pair in defined for word in pair}
+    return [word for word in name.split(".") if word not in names]
+
+
+def test_a_link_to_a_function_that_is_elsewhere_is_noticed():
+    source = "RULES = 1\nclass Placement:\n    def spec(self): ...\n"
+
+    assert missing("Placement.spec", source) == missing("RULES", source) == []
+    assert missing("Placement.rules", source) == ["rules"]
