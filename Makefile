@@ -6,7 +6,8 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # The first of these that is there, runs and is supported; another: make PYTHON=/path/to/python
 PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done),python3)
-VENV := .venv/bin/python
+BIN := .venv/bin/
+VENV := $(BIN)python
 # Compiling takes most of the time and one core: a process a core, up to 4. A file's tests share
 # compiled programs and trained models.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
@@ -35,10 +36,14 @@ cuda: .venv/installed-test,gpu ## compile for GPUs that are not there (several G
 jax: ## run the tests of devices on the oldest and the newest JAX (python3.11 and python3.12)
 	scripts/test_jax_versions.sh
 
-lint: .venv/installed-dev ## check style and formatting
+lint: .venv/installed-dev ## check style, formatting, spelling, shell scripts and workflows
 	$(VENV) -m ruff check
 	$(VENV) -m ruff format --check
-	$(dir $(VENV))shellcheck --external-sources scripts/*.sh scripts/*.slurm .ci/run
+	$(BIN)shellcheck --external-sources scripts/*.sh scripts/*.slurm .ci/run
+	git ls-files -z | xargs -0 $(BIN)codespell
+	$(BIN)check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)zizmor --offline --quiet .github
 
 types: .venv/installed-dev ## check types
 	$(VENV) -m pyright

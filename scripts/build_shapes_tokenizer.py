@@ -72,6 +72,7 @@ def tokenizer_files() -> dict[str, str]:
 
 
 def as_json(value: dict) -> str:
+    """Indented JSON with a final newline."""
     return json.dumps(value, indent=2) + "\n"
 
 

@@ -1,7 +1,7 @@
-"""Dataset preparation: check every story, decode every image once, and store both for fast reading
-(`prepared.py`).
+"""Dataset preparation: check every story, decode every image once, store both for fast reading.
 
-Stories are written last, because only then is it known which images are broken (`shards.py`).
+`prepared.py` reads them. Stories are written last, because only then is it known which images are
+broken (`shards.py`).
 """
 
 from __future__ import annotations

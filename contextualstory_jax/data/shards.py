@@ -91,6 +91,7 @@ def write_pictures(
 
 
 def write_stories(builder: StoryBuilder, work: Path) -> None:
+    """Write the shards of stories, one a split, and the dataset's info."""
     folder = work / DATASET / STORIES
     lengths = {}
     for split, (shard,) in builder.shards.items():
@@ -222,8 +223,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def work_folder(out: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """The locked folder in which `out` is built; files of an earlier run with the same plan are
-    kept."""
+    """The locked folder in which `out` is built; keeps files of a run with the same plan."""
     work = out.with_name(f"{out.name}.partial")
     try:
         work.mkdir(parents=True, exist_ok=True)

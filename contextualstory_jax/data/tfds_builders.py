@@ -1,9 +1,8 @@
-"""The datasets on disk as tensorflow-datasets builders: `pororo_sv`, `flintstones_sv` and
-`story_folder`.
+"""The datasets on disk as tensorflow-datasets builders.
 
-Each has two configs, because overlapping stories share frames, and a frame may have several
-images to choose from: `pictures` has every image once; `stories` has the splits, and of each frame
-the rows of its images.
+`pororo_sv`, `flintstones_sv` and `story_folder` each have two configs, because overlapping stories
+share frames, and a frame may have several images to choose from: `pictures` has every image once;
+`stories` has the splits, and of each frame the rows of its images.
 
 Images are raw bytes. The fastest compression, zstd 1, would take a quarter to a third off, and
 half the time that decoding and resizing took before; PNG would take more than twice that time

@@ -82,6 +82,7 @@ def compare(case: Case) -> Iterator[Comparison]:
 
 
 def compare_module(case: Case) -> Iterator[Comparison]:
+    """A module of the UNet, on the hidden states of a case."""
     path = case.info["path"].split(".")
 
     def module(unet, hidden):
@@ -95,11 +96,13 @@ def compare_module(case: Case) -> Iterator[Comparison]:
 
 
 def compare_storyline(case: Case) -> Iterator[Comparison]:
+    """StoryLine: the contextualized text."""
     ours = case.run(lambda unet, text: unet.contextualize(text), case.arrays["context"])
     yield Comparison(ours, case.arrays["output"], MODULE_TOLERANCE)
 
 
 def compare_storyflow(case: Case) -> Iterator[Comparison]:
+    """StoryFlow: the embeddings in training and in sampling."""
     f, motion = (
         case.config.n_frames,
         jnp.asarray(case.arrays["motion"]),
@@ -165,6 +168,7 @@ def predict_noise(case: Case, unet: UNet, sample, text, null_text, first_frame) 
 
 
 def compare_unet(case: Case) -> Iterator[Comparison]:
+    """The UNet's predicted noise."""
     ours = case.run(functools.partial(predict_noise, case), *unet_inputs(case))
     ours = rearrange(ours, "b f h w c -> b c f h w")
     yield Comparison(ours, case.arrays["noise_pred"], UNET_TOLERANCE)

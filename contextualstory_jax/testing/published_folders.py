@@ -241,9 +241,11 @@ def save_object(path: Path, value: object) -> None:
 
 
 def save_json(path: Path, value: object) -> None:
+    """Write a value as JSON."""
     path.write_text(json.dumps(value))
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:
+    """Write an image, and the folders it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)

@@ -152,8 +152,10 @@ def test_truncated_sentences_of_a_folder_are_named_once(tmp_path):
 
 
 def sharing(root: Path) -> DataConfig:
-    """Three training, one validation and one test story; train-1 has a copy of the test story's
-    frame, and val-0 one of train-2's."""
+    """Three training, one validation and one test story, two frames of them copies.
+
+    train-1 has a copy of the test story's frame, and val-0 one of train-2's.
+    """
     write_story_folder(root, counts={"train": 3, "val": 1, "test": 1})
     pictures = root / "pictures"
     shutil.copy(pictures / "test-0-2.png", pictures / "train-1-4.png")

@@ -44,7 +44,7 @@ DIFFUSERS = {
 
 
 def oracle(config: SchedulerConfig, name: str = "ddim"):
-    """diffusers' scheduler of the same config, which has the same field names."""
+    """The scheduler of the same config in diffusers, which has the same field names."""
     pytest.importorskip("torch")
     cls = getattr(pytest.importorskip("diffusers"), DIFFUSERS[name])
     return cls.from_config(dataclasses.asdict(config))
