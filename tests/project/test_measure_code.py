@@ -21,3 +21,15 @@ def test_what_passes_a_bound_is_named(monkeypatch, capsys):
 def test_words_are_counted_outside_code():
     assert measure_code.rate(["The codec draws `whole` pictures."]) == 1000 * 3 / 4
     assert measure_code.rate(["The image codec renders frames."]) == 0
+
+
+def test_a_copy_is_named_once_at_its_first_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_code, "ROOT", tmp_path)
+    copied = [f"x{number} = {number}" for number in range(7)]
+    one, other = tmp_path / "one.py", tmp_path / "other.py"
+    one.write_text("\n".join(["import os", *copied, "y = 1"]))
+    other.write_text("\n".join(["z = 2", *copied[:3], "# a comment", "", *copied[3:], "import os"]))
+
+    assert measure_code.copies([one, other]) == ["one.py:2 = other.py:2"]
+    one.write_text("\n".join(copied[:5]))
+    assert measure_code.copies([one, other]) == []
