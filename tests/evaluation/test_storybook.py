@@ -14,6 +14,7 @@ import pytest
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.loader import test_stories as held_out_stories
 from contextualstory_jax.evaluation.compare import Result, measure
+from contextualstory_jax.evaluation.metrics.characters import METRICS, SUBSETS
 from contextualstory_jax.evaluation.storybook import read_losses, write_storybook
 from contextualstory_jax.utils.errors import UserError
 
@@ -86,8 +87,9 @@ def test_the_table_holds_every_metric_of_every_result(page):
     text = re.sub(r"\s+", " ", Elements(page.read_text()).text)
 
     assert "all frames (15)" in text
-    assert text.count("1.000 [1.00, 1.00]") == 10  # the originals', over two sets of frames
-    assert text.count("0.000 [0.00, 0.00]") == 10  # those of noise
+    cells = len(SUBSETS) * len(METRICS)
+    assert text.count("1.000 [1.00, 1.00]") == cells  # of the originals
+    assert text.count("0.000 [0.00, 0.00]") == cells  # of noise
 
 
 def test_a_frame_that_needs_its_context_shows_what_that_tells(page, stories):

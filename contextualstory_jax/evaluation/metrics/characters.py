@@ -50,16 +50,16 @@ class CharacterMetrics:
     def update(self, outcomes: Iterable[Outcome]) -> None:
         """Count frames. A story may be spread over several calls."""
         for outcome in outcomes:
-            counts = self._counts.setdefault(outcome.story, np.zeros((len(SUBSETS), 6), int))
-            subsets = [0, 1] if outcome.needs_context else [0]
-            counts[subsets] += (  # in the order that _metrics takes them
+            counts = [  # in the order that _metrics takes them
                 1,
                 len(outcome.shown & outcome.characters),
                 len(outcome.shown),
                 len(outcome.characters),
                 outcome.shown == outcome.characters,
                 outcome.shown_scene == outcome.scene,
-            )
+            ]
+            of_story = self._counts.get(outcome.story, 0)
+            self._counts[outcome.story] = of_story + np.outer((1, outcome.needs_context), counts)
 
     def compute(self) -> dict[str, dict[str, Any]]:
         """For each of `SUBSETS`: `frames`, and for each of `METRICS` its `value`, `low` and `high`.
