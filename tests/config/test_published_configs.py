@@ -25,7 +25,7 @@ from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.training import start_state
-from contextualstory_jax.training.train_step import Batch, make_train_step
+from contextualstory_jax.training.train_step import Batch, train_step
 from contextualstory_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -188,14 +188,15 @@ def test_a_training_step_at_published_size_fits_together(recipe_name):
     mesh = make_mesh(MeshConfig())
     model = StoryModel(recipe.model, jnp.dtype(recipe.compute_dtype))
     null_ids = jnp.asarray(Tokenizer(TOKENIZER_DIR, 77)([""])[0])
-    state = start_state.abstract_state(model, recipe, Placement(mesh))
+    placement = Placement(mesh)
+    state = start_state.abstract_state(model, recipe, placement)
     batch = Batch(
         images=jax.ShapeDtypeStruct((recipe.batch_size, 5, 256, 256, 3), np.uint8),
         ids=jax.ShapeDtypeStruct((recipe.batch_size, 5, 77), np.int32),
     )
 
     after, metrics = jax.eval_shape(
-        functools.partial(make_train_step(model, recipe, null_ids)), state, batch
+        functools.partial(train_step, model, recipe, placement, null_ids, None), state, batch
     )
 
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
+from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.training.train_step import (
@@ -28,12 +30,13 @@ from contextualstory_jax.training.train_step import (
     init_state,
     learning_rate,
     loss,
-    make_train_step,
     split_trainable,
+    train_step,
 )
 from contextualstory_jax.utils.errors import UserError
 
 NULL_IDS = jnp.array([0])
+ONE_DEVICE = Placement(make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 class LinearModel(StoryModel):
@@ -100,7 +103,7 @@ def stories(seed: int, count: int = 4) -> Batch:
 
 @functools.cache
 def compiled_step(model: StoryModel, recipe: TrainConfig) -> Callable:
-    return jax.jit(make_train_step(model, recipe, NULL_IDS))
+    return jax.jit(functools.partial(train_step, model, recipe, ONE_DEVICE, NULL_IDS, None))
 
 
 def train(
@@ -203,12 +206,9 @@ def test_a_step_on_encoded_stories_is_that_on_the_stories(model, recipe):
     batch, params = stories(0), jax.tree.map(jnp.asarray, parameters())
     encoded, null_text = encode(model, params, batch, NULL_IDS)
 
-    state, metrics = jax.jit(make_train_step(model, config, NULL_IDS))(
-        init_state(params, config), batch
-    )
-    ours, our_metrics = jax.jit(make_train_step(model, config, null_text))(
-        init_state(params, config), encoded
-    )
+    step = jax.jit(functools.partial(train_step, model, config, ONE_DEVICE, NULL_IDS))
+    state, metrics = step(None, init_state(params, config), batch)
+    ours, our_metrics = step(null_text, init_state(params, config), encoded)
 
     for a, b in zip(*map(jax.tree.leaves, ((ours, our_metrics), (state, metrics))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
