@@ -107,7 +107,7 @@ class StoryModel:
 
     def time_shifts(
         self, params: Parts, timesteps: Num[Array, " b"], motion: Num[Array, "#b m"]
-    ) -> TimeShifts:
+    ) -> list[TimeShifts]:
         """Shifts that condition the UNet on steps and scene changes (StoryFlow values)."""
         unet = self._unet(params)
         # One image a frame: the stride is 1, as in the original's configs.
@@ -118,7 +118,7 @@ class StoryModel:
         self,
         params: Parts,
         noisy: Float[Array, "b g p q c"],
-        shifts: TimeShifts,
+        shifts: list[TimeShifts],
         text: list[TextKeysValues],
         first_frame: Float[Array, "b p q c"] | None,
     ) -> Float[Array, "bn g p q c"]:
