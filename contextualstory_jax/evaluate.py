@@ -78,7 +78,11 @@ def main(
     from contextualstory_jax.evaluation.compare import require_readable, table, untrained
     from contextualstory_jax.evaluation.results import Gallery
     from contextualstory_jax.evaluation.results_html import write_index
-    from contextualstory_jax.evaluation.sample_split import draw_split, measure_split, tell
+    from contextualstory_jax.evaluation.sample_split import (
+        generate_split,
+        measure_split,
+        split_story,
+    )
     from contextualstory_jax.sampling.pipeline import SHIPPED, StoryPipeline
     from contextualstory_jax.utils.atomic import check_writable, write_json
 
@@ -100,7 +104,7 @@ def main(
         count <= len(source),
         f"the {source.split} split has {len(source)} stories; --stories {count} are more",
     )
-    stories = [tell(source, number) for number in range(count)]
+    stories = [split_story(source, number) for number in range(count)]
     settings = describe(arguments, data, pipeline, source.split, count, measured)
     gallery = Gallery(arguments.out, settings)
     gallery.check()
@@ -112,7 +116,7 @@ def main(
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
         disable=not is_first(),
     ) as bar:
-        draw_split(models, source, stories, gallery, **how, progress=bar.update)
+        generate_split(models, source, stories, gallery, **how, progress=bar.update)
     if not is_first():
         return
     gallery.write_settings()

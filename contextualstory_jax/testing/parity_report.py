@@ -135,7 +135,7 @@ def predict(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
 
 def encode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
     """Latents of the story's images, sampled with the same noise in every dtype."""
-    return model.encode_pictures(params, x["images"], jax.random.key(0)[None])
+    return model.encode_images(params, x["images"], jax.random.key(0)[None])
 
 
 def decode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:

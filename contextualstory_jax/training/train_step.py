@@ -61,7 +61,7 @@ class Encoded(NamedTuple):
     text: Float[Array, "b f l d"]
 
 
-class Draws(NamedTuple):
+class RandomInputs(NamedTuple):
     """The random part of a step's loss."""
 
     latents: Float[Array, "b f p q c"]
@@ -161,17 +161,19 @@ def encode(
     text = model.encode_text(params, batch.ids)
     # By itself: one sentence more than devices divide would scatter all of the text encoder's work.
     null_text = model.encode_text(params, jnp.asarray(null_ids)[None, None])[0, 0]
-    return Encoded(model.picture_moments(params, batch.images), text), null_text
+    return Encoded(model.image_moments(params, batch.images), text), null_text
 
 
-def draw(model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: TrainConfig) -> Draws:
+def sample_inputs(
+    model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: TrainConfig
+) -> RandomInputs:
     """Latents, noise, timesteps and drops of a batch, with one key a story."""
     latent_keys, noise_keys, time_keys, text_keys, frame_keys = jax.vmap(
         lambda key: jax.random.split(key, 5), out_axes=1
     )(keys)
     latents = model.sample(moments, latent_keys)
     _, f, p, q, c = latents.shape
-    return Draws(
+    return RandomInputs(
         latents=latents,
         noise=jax.vmap(lambda key: story_noise(key, (f, p, q, c), config.model.noise))(noise_keys),
         timesteps=jax.vmap(
@@ -187,30 +189,30 @@ def draw(model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: Tr
 def loss(
     model: StoryModel,
     params: Parts,
-    draws: Draws,
+    sampled: RandomInputs,
     text: Float[Array, "b f l d"],
     null_text: Float[Array, "#b #f l d"],
     snr_gamma: float | None,
 ) -> Float[Array, ""]:
     """The mean of the stories' losses. Reference: train.py."""
     schedule = noise_schedule(model.config.scheduler)
-    noisy = add_noise(schedule, draws.latents, draws.noise, draws.timesteps)
-    target = training_target(schedule, draws.latents, draws.noise, draws.timesteps)
+    noisy = add_noise(schedule, sampled.latents, sampled.noise, sampled.timesteps)
+    target = training_target(schedule, sampled.latents, sampled.noise, sampled.timesteps)
     storyline = model.contextualize(params, text)
     # The null text bypasses the contextualizer.
-    dropped = draws.drop_text[:, None, None, None]
+    dropped = sampled.drop_text[:, None, None, None]
     storyline = jnp.where(dropped, null_text.astype(storyline.dtype), storyline)
     keys_values = model.text_keys_values(params, storyline)
     # Parity: StoryFlow values are truncated to integers in training, not in sampling.
-    motion = jnp.trunc(storyflow(draws.latents))
-    shifts = model.time_shifts(params, draws.timesteps, motion)
+    motion = jnp.trunc(storyflow(sampled.latents))
+    shifts = model.time_shifts(params, sampled.timesteps, motion)
     first_frame = None
     if model.config.unet.is_continuation:
-        dropped = draws.drop_first_frame[:, None, None, None]
-        first_frame = jnp.where(dropped, noisy[:, 0], draws.latents[:, 0])
+        dropped = sampled.drop_first_frame[:, None, None, None]
+        first_frame = jnp.where(dropped, noisy[:, 0], sampled.latents[:, 0])
         noisy, target = noisy[:, 1:], target[:, 1:]
     prediction = model.predict(params, noisy, shifts, keys_values, first_frame)
-    weight = min_snr_weight(schedule, draws.timesteps, snr_gamma)
+    weight = min_snr_weight(schedule, sampled.timesteps, snr_gamma)
     return jnp.mean(story_losses(prediction, target, weight))
 
 
@@ -245,10 +247,10 @@ def micro_loss(
     params = merge_parts(trained, frozen)
     if isinstance(batch, Batch):
         batch, null_text = encode(model, params, batch, null_ids)
-    draws = draw(model, batch.moments, keys, config)
+    sampled = sample_inputs(model, batch.moments, keys, config)
     null = jnp.asarray(null_text)[None, None]
-    value = loss(model, params, draws, batch.text, null, config.snr_gamma)
-    return value, storyflow(draws.latents).sum(axis=0)
+    value = loss(model, params, sampled, batch.text, null, config.snr_gamma)
+    return value, storyflow(sampled.latents).sum(axis=0)
 
 
 def sum_over(micro: Any, function: Callable[[Any], Any]) -> Any:
@@ -359,7 +361,7 @@ def make_validation(
         params, batch = placement.gathered(_cast(params, model.dtype)), placement.split(batch)
         encoded, null_text = encode(model, params, batch, null_ids)
         keys = jax.random.split(jax.random.key(config.seed), len(batch.images))
-        draws = draw(model, encoded.moments, keys, config)
-        return loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
+        sampled = sample_inputs(model, encoded.moments, keys, config)
+        return loss(model, params, sampled, encoded.text, null_text[None, None], config.snr_gamma)
 
     return jax.jit(validate, out_shardings=NamedSharding(placement.mesh, PartitionSpec()))

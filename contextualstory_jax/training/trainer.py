@@ -129,8 +129,8 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
                 stop=stop,
                 flow=flow,
                 validate=validate,
-                draw=functools.partial(
-                    draw_samples, model, config, tokenizer, workdir, writer, flow, placement
+                generate_samples=functools.partial(
+                    generate_samples, model, config, tokenizer, workdir, writer, flow, placement
                 ),
             )
             say(compiling("training step", len(model.shapes["unet"]), TRAINING_SECONDS))
@@ -240,7 +240,7 @@ def device_batches(
             yield Encoded(Moments(arrays["mean"], arrays["logvar"]), arrays["text"])
 
 
-def draw_samples(
+def generate_samples(
     model: StoryModel,
     config: TrainConfig,
     tokenizer: Tokenizer,
@@ -258,20 +258,20 @@ def draw_samples(
     step, continuation = int(state.step), model.config.unet.is_continuation
     params = merge_parts(state.ema_params, state.frozen)
     pipeline = StoryPipeline(model, params, tokenizer, flow(state), placement=placement)
-    pictures = pipeline.draw(
+    images = pipeline.draw(
         [Story(s.sentences, s.story_id, s.images[0] if continuation else None) for s in stories]
-    ).pictures
+    ).images
     if not is_first():
         return
     rows = [
         np.concatenate(list(frames), axis=1)
-        for story, drawn in zip(stories, pictures, strict=True)
-        for frames in (story.images, drawn)
+        for story, generated in zip(stories, images, strict=True)
+        for frames in (story.images, generated)
     ]
-    picture = np.concatenate(rows)
+    image = np.concatenate(rows)
     with atomic_path(workdir / "samples" / f"step_{step:07d}.png") as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")
-    writer.picture(step, "samples", picture)
+        Image.fromarray(image).save(temporary, format="PNG")
+    writer.picture(step, "samples", image)
 
 
 def storyflow_mean(state: TrainState) -> list[float]:
@@ -290,7 +290,7 @@ class Run:
     stop: StopRequest
     flow: Flow
     validate: Callable[[TrainState], float] | None
-    draw: Callable[[TrainState], None]
+    generate_samples: Callable[[TrainState], None]
 
     def save(self, state: TrainState, loss: float | None) -> None:
         """Write a checkpoint in the background; `loss` says how good it is."""
@@ -334,7 +334,7 @@ def loop(
                 break
             if last or number % config.sample_every == 0:
                 with progress.paused():
-                    run.draw(state)
+                    run.generate_samples(state)
             if last:
                 break
     if stopped:

@@ -78,7 +78,7 @@ def test_reaches_its_numbers_on_64_stories(pipeline, recipe):
 @pytest.mark.slow
 def test_other_seeds_draw_other_pictures(pipeline):
     first, again, other = (
-        pipeline.draw([Story(SENTENCES)], seed=seed).pictures for seed in (0, 0, 1)
+        pipeline.draw([Story(SENTENCES)], seed=seed).images for seed in (0, 0, 1)
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -207,7 +207,7 @@ def test_a_cache_at_a_url_is_read_as_one_on_this_machine(
 
 @pytest.mark.slow
 def test_training_from_a_cache_is_training_without(recipe, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(trainer, "generate_samples", lambda *_: None)
 
     plain = train_and_evaluate(recipe, tmp_path / "plain")
     cached = train_and_evaluate(with_cache(recipe, cache), tmp_path / "cached")

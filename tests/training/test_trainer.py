@@ -53,7 +53,7 @@ def compiled_once() -> Iterator[None]:
 
 @pytest.fixture
 def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(trainer, "generate_samples", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
