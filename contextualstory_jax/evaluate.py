@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe
+from contextualstory_jax.config.config_files import NAME_OR_FILE, load_config
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.distributed.multihost import add_arguments, connect, is_first, say
 from contextualstory_jax.utils.cli import ArgumentParser, run
@@ -59,7 +59,7 @@ def parse(
         f"--stories must be at least 1; got {arguments.stories}",
     )
     require(not overrides or arguments.config is not None, "--config.key=value needs --config")
-    data = load_recipe(arguments.config, overrides).data if arguments.config else DataConfig()
+    data = load_config(arguments.config, overrides).data if arguments.config else DataConfig()
     return arguments, data
 
 

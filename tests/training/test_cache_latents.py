@@ -158,7 +158,7 @@ def test_the_storyflow_mean_is_the_same_without_a_cache_and_is_stored_where_draw
     recipe, cache, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(cache_module, "STORIES_AT_ONCE", 2)  # of three: the last batch is not full
-    monkeypatch.setattr(storyflow_mean, "load_recipe", lambda *_: recipe)
+    monkeypatch.setattr(storyflow_mean, "load_config", lambda *_: recipe)
     checkpoint = shutil.copytree(str(recipe.init_from), tmp_path / "checkpoint")
     before = StoryPipeline.load(checkpoint).storyflow
 
