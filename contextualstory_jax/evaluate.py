@@ -78,11 +78,7 @@ def main(
     from contextualstory_jax.evaluation.compare import require_readable, table, untrained
     from contextualstory_jax.evaluation.results import Gallery
     from contextualstory_jax.evaluation.results_html import write_index
-    from contextualstory_jax.evaluation.sample_split import (
-        generate_split,
-        measure_split,
-        split_story,
-    )
+    from contextualstory_jax.evaluation.sample_split import generate_split, measure_split, story_of
     from contextualstory_jax.sampling.pipeline import SHIPPED, StoryPipeline
     from contextualstory_jax.utils.atomic import check_writable, write_json
 
@@ -104,7 +100,7 @@ def main(
         count <= len(source),
         f"the {source.split} split has {len(source)} stories; --stories {count} are more",
     )
-    stories = [split_story(source, number) for number in range(count)]
+    stories = [story_of(source, number) for number in range(count)]
     settings = describe(arguments, data, pipeline, source.split, count, measured)
     gallery = Gallery(arguments.out, settings)
     gallery.check()

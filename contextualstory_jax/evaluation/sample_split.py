@@ -35,7 +35,7 @@ MEASURED = {"originals": "original", "model": "frame", "untrained": "untrained"}
 THREADS = min(8, os.cpu_count() or 1)  # Pillow leaves Python to others while it packs
 
 
-def split_story(source: Source, number: int) -> SplitStory:
+def story_of(source: Source, number: int) -> SplitStory:
     """A story of a split without its images."""
     if isinstance(source, StorySource):
         record = source.story(number)
