@@ -185,10 +185,9 @@ def test_the_embedded_stories_come_at_published_size():
 @pytest.mark.parametrize("recipe_name", ["pororo_visualization", "flintstones_continuation"])
 def test_a_training_step_at_published_size_fits_together(recipe_name):
     recipe = load_config(RECIPES[recipe_name], DRAWN)
-    mesh = make_mesh(MeshConfig())
     model = StoryModel(recipe.model, jnp.dtype(recipe.compute_dtype))
     null_ids = jnp.asarray(Tokenizer(TOKENIZER_DIR, 77)([""])[0])
-    placement = Placement(mesh)
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]))
     state = start_state.abstract_state(model, recipe, placement)
     batch = Batch(
         images=jax.ShapeDtypeStruct((recipe.batch_size, 5, 256, 256, 3), np.uint8),
