@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe
+from contextualstory_jax.config.config_files import NAME_OR_FILE, load_config
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.distributed.multihost import add_arguments, connect, is_first, say
 from contextualstory_jax.utils.cli import ArgumentParser, run
@@ -59,7 +59,7 @@ def parse(
         f"--stories must be at least 1; got {arguments.stories}",
     )
     require(not overrides or arguments.config is not None, "--config.key=value needs --config")
-    data = load_recipe(arguments.config, overrides).data if arguments.config else DataConfig()
+    data = load_config(arguments.config, overrides).data if arguments.config else DataConfig()
     return arguments, data
 
 
@@ -78,7 +78,7 @@ def main(
     from contextualstory_jax.evaluation.compare import require_readable, table, untrained
     from contextualstory_jax.evaluation.results import Gallery
     from contextualstory_jax.evaluation.results_html import write_index
-    from contextualstory_jax.evaluation.sample_split import draw_split, measure_split, tell
+    from contextualstory_jax.evaluation.sample_split import generate_split, measure_split, story_of
     from contextualstory_jax.sampling.pipeline import SHIPPED, StoryPipeline
     from contextualstory_jax.utils.atomic import check_writable, write_json
 
@@ -100,7 +100,7 @@ def main(
         count <= len(source),
         f"the {source.split} split has {len(source)} stories; --stories {count} are more",
     )
-    stories = [tell(source, number) for number in range(count)]
+    stories = [story_of(source, number) for number in range(count)]
     settings = describe(arguments, data, pipeline, source.split, count, measured)
     gallery = Gallery(arguments.out, settings)
     gallery.check()
@@ -112,7 +112,7 @@ def main(
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
         disable=not is_first(),
     ) as bar:
-        draw_split(models, source, stories, gallery, **how, progress=bar.update)
+        generate_split(models, source, stories, gallery, **how, progress=bar.update)
     if not is_first():
         return
     gallery.write_settings()

@@ -32,7 +32,7 @@ from contextualstory_jax.utils.interruption import check
 
 if TYPE_CHECKING:
     from contextualstory_jax.sampling.arguments import Story
-    from contextualstory_jax.sampling.sample import Drawing
+    from contextualstory_jax.sampling.sample import Generated
 
 PRINTED_STORIES = 8  # whose paths are printed
 
@@ -171,7 +171,7 @@ def main(
     negative_prompt = arguments.negative_prompt
     if negative_prompt and len(negative_prompt) == 1:
         (negative_prompt,) = negative_prompt
-    drawings = pipeline.draw_batches(
+    batches = pipeline.draw_batches(
         stories,
         seed=arguments.seed,
         sampling=override(config.sampling, arguments),
@@ -183,7 +183,7 @@ def main(
         frameinit=frameinit,
         camera_motion=arguments.camera_motion,
     )
-    latents = write_batches(drawings, texts, arguments)
+    latents = write_batches(batches, texts, arguments)
     if arguments.save_latents:
         write_latents(arguments.save_latents, np.concatenate(latents))
     settings = {
@@ -220,7 +220,7 @@ def with_frames(texts: Sequence[StoryText], size: tuple[int, int] | None) -> lis
 
 
 def write_batches(
-    drawings: Iterable[Drawing], texts: Sequence[StoryText], arguments: argparse.Namespace
+    batches: Iterable[Generated], texts: Sequence[StoryText], arguments: argparse.Namespace
 ) -> list[np.ndarray]:
     """Write each batch of stories before the next is generated; returns the latents to save."""
     waiting, latents = iter(texts), []
@@ -230,14 +230,14 @@ def write_batches(
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
         disable=len(texts) <= arguments.batch_size,
     ) as bar:
-        for drawing in drawings:
-            for pictures, text in zip(drawing.pictures, waiting, strict=False):
+        for batch in batches:
+            for images, text in zip(batch.images, waiting, strict=False):
                 folder = arguments.out / folder_name(text.id)
                 captions = not arguments.no_captions
-                write_story(folder, pictures, text.sentences, arguments.seed, captions)
+                write_story(folder, images, text.sentences, arguments.seed, captions)
                 bar.update()
             if arguments.save_latents:
-                latents.append(drawing.latents)
+                latents.append(batch.latents)
             check()
     return latents
 

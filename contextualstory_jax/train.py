@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe, train_config
+from contextualstory_jax.config.config_files import NAME_OR_FILE, load_config, train_config
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.distributed.multihost import add_arguments, connect, say
 from contextualstory_jax.utils import interruption
@@ -74,7 +74,7 @@ def main(
     Raises `UserError` for bad input, before anything is written.
     """
     arguments, overrides = parse(argv, prog)
-    config = load_recipe(arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     connect(arguments)
     from contextualstory_jax.training import trainer
 

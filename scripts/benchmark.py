@@ -27,7 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # what measures is not in an installation
 
-from contextualstory_jax.config.config_files import load_recipe  # noqa: E402
+from contextualstory_jax.config.config_files import load_config  # noqa: E402
 from contextualstory_jax.config.train_config import TrainConfig  # noqa: E402
 from contextualstory_jax.utils.cli import ArgumentParser, run  # noqa: E402
 from contextualstory_jax.utils.errors import require  # noqa: E402
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for bad input."""
     argv = sys.argv[1:] if argv is None else argv
     arguments, overrides = parse(argv)
-    config = load_recipe(arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     about = {
         "suite": arguments.suite,
         "date": datetime.date.today().isoformat(),

@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from contextualstory_jax.checkpoints.manager import Checkpoints
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.distributed.multihost import say
 from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require(
         writable, f"{arguments.folder}: no such folder, or not to be written to; choose another"
     )
-    config = load_recipe(arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     placement = Placement(make_mesh(config.mesh, jax.devices()), config.mesh.rules)
     abstract = to_items(abstract_state(StoryModel(config.model), config, placement))
     state = jax.tree.map(random_array, abstract)

@@ -25,7 +25,7 @@ import scripts.benchmarks.absent_tpu  # noqa: F401, I001 - before JAX
 
 from contextualstory_jax.analysis.ahead_of_time import absent_devices, drawing, report, training
 from contextualstory_jax.utils.cli import ArgumentParser, run
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="with the compiler's least effort: soon done, memory and traffic less exact",
     )
     arguments, overrides = parser.parse_with_overrides(argv)
-    config = load_recipe(arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     devices = absent_devices(arguments.topology)
     if arguments.sampler:
         given = any(override.startswith("batch_size=") for override in overrides)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.data.loader import test_stories
 from contextualstory_jax.distributed.compilation import use_compilation_cache
 from contextualstory_jax.evaluation.compare import evaluate, table, untrained
@@ -58,7 +58,7 @@ def main() -> None:
 
     print("1/3 generating stories that no model was trained on", flush=True)
     shipped = StoryPipeline.load()
-    stories = test_stories(load_recipe(RECIPE).data, shipped.model.config.height, arguments.stories)
+    stories = test_stories(load_config(RECIPE).data, shipped.model.config.height, arguments.stories)
 
     def measure(models: dict[str, StoryPipeline]) -> dict:
         with tqdm(total=len(models) * len(stories), unit="story", dynamic_ncols=True) as bar:
@@ -74,7 +74,7 @@ def main() -> None:
         flush=True,
     )
     shutil.rmtree(workdir, ignore_errors=True)
-    state = train_and_evaluate(load_recipe(RECIPE, overrides), workdir)
+    state = train_and_evaluate(load_config(RECIPE, overrides), workdir)
 
     print("\n3/3 generating the same stories with it", flush=True)
     results |= measure({"trained just now": StoryPipeline.load(workdir)})

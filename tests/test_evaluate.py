@@ -115,14 +115,14 @@ def test_in_continuation_the_first_frame_is_given_and_not_measured(readable_conf
     from contextualstory_jax.evaluation.compare import evaluate
     from contextualstory_jax.models.story_model import StoryModel
     from contextualstory_jax.models.tokenizer import Tokenizer
-    from contextualstory_jax.sampling.pipeline import Drawing, StoryPipeline
+    from contextualstory_jax.sampling.pipeline import Generated, StoryPipeline
 
     class Repeating(StoryPipeline):
         """Draws the first frame five times."""
 
         def draw(self, stories, **_):
             pictures = np.stack([[story.first_frame] * 5 for story in stories])
-            return Drawing(pictures, np.zeros((len(stories), 5, 8, 8, 48), np.float32))
+            return Generated(pictures, np.zeros((len(stories), 5, 8, 8, 48), np.float32))
 
     unet = dataclasses.replace(readable_config.unet, first_frame_condition_mode="conv2d")
     model = StoryModel(dataclasses.replace(readable_config, unet=unet))
@@ -130,7 +130,7 @@ def test_in_continuation_the_first_frame_is_given_and_not_measured(readable_conf
 
     results = evaluate({"model": pipeline}, stories)
 
-    assert np.array_equal(results["model"].pictures[:, 0], [s.images[0] for s in stories])
+    assert np.array_equal(results["model"].images[:, 0], [s.images[0] for s in stories])
     for result in results.values():
         assert result.metrics["all"]["frames"] == 4 * STORIES
     # A first frame has the scene of the others, but not always their characters.

@@ -31,8 +31,8 @@ from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.sampling.sample import Inputs, Scales, generation_programs
 from contextualstory_jax.training.start_state import abstract_state
-from contextualstory_jax.training.train_step import Batch, Encoded
-from contextualstory_jax.training.trainer import check_batch, step_program
+from contextualstory_jax.training.train_step import Batch, Encoded, make_train_step
+from contextualstory_jax.training.trainer import check_batch
 from contextualstory_jax.utils.errors import UserError, require
 
 # XLA's least effort, and one code for equal layers: a fraction of the time and half of the memory,
@@ -178,20 +178,20 @@ def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
     state = abstract_state(model, config, placement)
     b, f, tokens = config.batch_size, config.model.unet.n_frames, _words(config)
     batch: Batch | Encoded
+    null_ids, null_text = np.zeros(tokens, np.int32), None
     if config.data.latents is None:
         images = _array(mesh, BATCH, (b, f, config.model.height, config.model.width, 3), jnp.uint8)
         batch = Batch(images, _array(mesh, BATCH, (b, f, tokens), jnp.int32))
-        null = np.zeros(tokens, np.int32)
     else:
         size = config.model.latent_size(config.model.height, config.model.width)
         shape = (b, f, *size, config.model.vae.latent_channels)
         moments = Moments(*(_array(mesh, BATCH, shape, model.dtype) for _ in range(2)))
         width = config.model.text_encoder.hidden_size
         batch = Encoded(moments, _array(mesh, BATCH, (b, f, tokens, width), model.dtype))
-        null = np.zeros((tokens, width), model.dtype)
-    traced = step_program(model, config, placement, state, null).trace(state, batch)
+        null_text = np.zeros((tokens, width), model.dtype)
+    step = make_train_step(model, config, placement, state, null_ids, null_text)
     flops = training_step_flops(config).total()
-    return Program({"step": Part(traced)}, mesh, config.compute_dtype, b, flops)
+    return Program({"step": Part(step.trace(state, batch))}, mesh, config.compute_dtype, b, flops)
 
 
 def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = None) -> Program:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.config.config_files import NAME_OR_FILE, load_recipe
+from contextualstory_jax.config.config_files import NAME_OR_FILE, load_config
 from contextualstory_jax.distributed.multihost import add_arguments, connect, say
 from contextualstory_jax.utils.cli import ArgumentParser, run
 
@@ -47,7 +47,7 @@ def main(
     from contextualstory_jax.distributed.compilation import use_compilation_cache
     from contextualstory_jax.training.cache_latents import cache_latents
 
-    config = load_recipe(arguments.config, overrides)
+    config = load_config(arguments.config, overrides)
     connect(arguments)
     use_compilation_cache()
     say(str(cache_latents(config, arguments.checkpoint, arguments.out)))

@@ -26,7 +26,7 @@ PUBLISHED = {file.stem: file for file in sorted(CONFIGS.glob("*.py"))}
 NAME_OR_FILE = f"a file, or one of {', '.join(PUBLISHED)}"  # for --help
 
 
-def load_recipe(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(config: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """A config of the package by its name, or one in a file, with overrides `key.key=value`.
 
     A config may build on another beside it, or on one of the package:

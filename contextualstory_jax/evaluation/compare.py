@@ -22,7 +22,7 @@ SUBSET_TITLES = {"all": "all frames", "needs_context": "frames that need their c
 class Result(NamedTuple):
     """Frames of some stories, and their metrics from `measure`."""
 
-    pictures: UInt8[np.ndarray, "b f h w 3"]
+    images: UInt8[np.ndarray, "b f h w 3"]
     metrics: dict[str, dict[str, Any]]
 
 
@@ -38,7 +38,7 @@ def evaluate(
     *,
     seed: int = 0,
     batch_size: int = 8,
-    progress: Callable[[int], object] = lambda drawn: None,
+    progress: Callable[[int], object] = lambda generated: None,
 ) -> dict[str, Result]:
     """Generate stories with each model and measure them; `originals`, the upper bound, first.
 
@@ -52,14 +52,14 @@ def evaluate(
     """
     given = any(pipeline.model.config.unet.is_continuation for pipeline in models.values())
 
-    def result(pictures: UInt8[np.ndarray, "b f h w 3"]) -> Result:
-        return Result(pictures, measure(stories, pictures, first_frame=int(given)))
+    def result(images: UInt8[np.ndarray, "b f h w 3"]) -> Result:
+        return Result(images, measure(stories, images, first_frame=int(given)))
 
     # First of all, so that what cannot be measured is not generated.
     results = {"originals": result(np.stack([story.images for story in stories]))}
     for name, pipeline in models.items():
         continuation = pipeline.model.config.unet.is_continuation
-        drawing = pipeline.draw(
+        generated = pipeline.draw(
             [
                 Story(s.sentences, s.story_id, s.images[0] if continuation else None)
                 for s in stories
@@ -68,21 +68,21 @@ def evaluate(
             batch_size=batch_size,
             progress=progress,
         )
-        results[name] = result(drawing.pictures)
+        results[name] = result(generated.images)
         check()
     return results
 
 
 def measure(
-    stories: Sequence[Example], pictures: UInt8[np.ndarray, "b f h w 3"], first_frame: int = 0
+    stories: Sequence[Example], images: UInt8[np.ndarray, "b f h w 3"], first_frame: int = 0
 ) -> dict[str, dict[str, Any]]:
     """`CharacterMetrics.compute` of images, from frame number `first_frame` on.
 
     Raises `UserError` for images that the reader of frames is not made for.
     """
-    require_readable(*pictures.shape[2:4])
+    require_readable(*images.shape[2:4])
     metrics = CharacterMetrics()
-    for story, frames in zip(stories, pictures, strict=True):
+    for story, frames in zip(stories, images, strict=True):
         metrics.update(outcomes(story, frames, first_frame))
     return metrics.compute()
 
@@ -97,10 +97,10 @@ def require_readable(height: int, width: int) -> None:
 
 
 def outcomes(
-    story: Example, pictures: UInt8[np.ndarray, "f h w 3"], first_frame: int = 0
+    story: Example, images: UInt8[np.ndarray, "f h w 3"], first_frame: int = 0
 ) -> Iterator[Outcome]:
     """The contents of each frame beside its labels, from frame number `first_frame` on."""
-    readings = read_frames(pictures[first_frame:])
+    readings = read_frames(images[first_frame:])
     labels = (story.labels or ())[first_frame:]
     for reading, label in zip(readings, labels, strict=True):
         yield Outcome(

@@ -43,7 +43,7 @@ TEXT_HEIGHT = 200  # pixels, or more where sentences are long
 FONT_SIZE, MARGIN = 12, 5
 
 
-class Told(NamedTuple):
+class SplitStory(NamedTuple):
     """A story without its images: its number in the split, and `source_ids` of its frames."""
 
     number: int
@@ -75,11 +75,11 @@ class Gallery:
         """Write them, which is to be done before the first story."""
         write_json(self.folder / "settings.json", self.settings)
 
-    def place(self, story: Told) -> Path:
+    def place(self, story: SplitStory) -> Path:
         """The folder of a story."""
         return self.folder / "stories" / f"{story.number:05d}-{story.id}"
 
-    def has(self, story: Told) -> bool:
+    def has(self, story: SplitStory) -> bool:
         """Whether a story is there, generated from these sentences, with all of its files."""
         folder = self.place(story)
         written = _read(folder / "story.json")
@@ -90,9 +90,9 @@ class Gallery:
 
     def write(
         self,
-        story: Told,
+        story: SplitStory,
         example: Example,
-        drawn: Mapping[str, UInt8[np.ndarray, "f h w 3"]],
+        generated: Mapping[str, UInt8[np.ndarray, "f h w 3"]],
         *,
         seed: int,
         given: int,
@@ -100,7 +100,7 @@ class Gallery:
         """Write a story.
 
         Args:
-            drawn: images by the first word of their files' names, among them `frame`.
+            generated: images by the first word of their files' names, among them `frame`.
             given: how many of the first frames were given to the model.
 
         Raises:
@@ -112,16 +112,18 @@ class Gallery:
             temporary.mkdir()
             for i, original in enumerate(example.images):
                 Image.fromarray(original).save(temporary / f"original_{i}.png")
-            for name, pictures in drawn.items():
-                save_frames(temporary, pictures, story.sentences, seed, name)
-            figure(story.sentences, example.images, drawn["frame"]).save(temporary / "figure.png")
+            for name, images in generated.items():
+                save_frames(temporary, images, story.sentences, seed, name)
+            figure(story.sentences, example.images, generated["frame"]).save(
+                temporary / "figure.png"
+            )
             text = "".join(f"{sentence}\n" for sentence in story.sentences)
             (temporary / "text.txt").write_text(text, encoding="utf-8")
             files = {file.name: _size(file) for file in sorted(temporary.iterdir())}
             records = self._records(story, example, given)
             write_json(temporary / "story.json", {"files": files, "frames": records})
 
-    def _records(self, story: Told, example: Example, given: int) -> list[dict[str, Any]]:
+    def _records(self, story: SplitStory, example: Example, given: int) -> list[dict[str, Any]]:
         place = self.place(story).relative_to(self.folder).as_posix()
         records = []
         for i in range(FRAMES):
@@ -143,17 +145,17 @@ class Gallery:
             )
         return records
 
-    def records(self, story: Told) -> list[dict[str, Any]]:
+    def records(self, story: SplitStory) -> list[dict[str, Any]]:
         """A record a frame of a story. Raises `UserError` where the story is not there."""
         folder = self.place(story)
         written = _read(folder / "story.json")
         require(bool(written), f"{folder} is not there; all processes must write to one folder")
         return written["frames"]
 
-    def pictures(self, story: Told, name: str) -> UInt8[np.ndarray, "f h w 3"]:
+    def images(self, story: SplitStory, name: str) -> UInt8[np.ndarray, "f h w 3"]:
         """The images of a story whose files' names begin with a word, such as `original`."""
         folder = self.place(story)
-        return np.stack([_picture(folder / f"{name}_{i}.png") for i in range(FRAMES)])
+        return np.stack([_image(folder / f"{name}_{i}.png") for i in range(FRAMES)])
 
     def clear(self, numbers: Iterable[int]) -> None:
         """Remove what was left half-written of stories, by a process that was killed."""
@@ -166,7 +168,7 @@ class Gallery:
 def figure(
     sentences: Sequence[str],
     originals: UInt8[np.ndarray, "f h w 3"],
-    drawn: UInt8[np.ndarray, "f h w 3"],
+    generated: UInt8[np.ndarray, "f h w 3"],
 ) -> Image.Image:
     """The sentences over a row of originals over a row of generated frames."""
     font = ImageFont.load_default(FONT_SIZE)
@@ -178,9 +180,9 @@ def figure(
     text = ImageDraw.Draw(canvas)
     for i, line in enumerate(lines):
         text.text((MARGIN, MARGIN + i * line_height), line, fill="black", font=font)
-    for row, pictures in enumerate((originals, drawn)):
-        for column, picture in enumerate(pictures):
-            small = Image.fromarray(picture).resize((SIDE, SIDE))
+    for row, images in enumerate((originals, generated)):
+        for column, image in enumerate(images):
+            small = Image.fromarray(image).resize((SIDE, SIDE))
             canvas.paste(small, (column * SIDE, top + row * SIDE))
     return canvas
 
@@ -218,6 +220,6 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+def _image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     with Image.open(path) as image:
         return np.asarray(image)

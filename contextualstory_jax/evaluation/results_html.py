@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from contextualstory_jax.evaluation.html import Picture, page, story_card
-from contextualstory_jax.evaluation.results import Gallery, Told
+from contextualstory_jax.evaluation.results import Gallery, SplitStory
 from contextualstory_jax.utils.atomic import atomic_path
 
 STORIES = 50  # on a page
 
 
 def write_index(
-    gallery: Gallery, title: str, stories: Sequence[Told], rows: Mapping[str, str]
+    gallery: Gallery, title: str, stories: Sequence[SplitStory], rows: Mapping[str, str]
 ) -> None:
     """Write `frames.jsonl` and the pages of some stories, all of which are generated.
 
@@ -48,11 +48,14 @@ def write_index(
 
 
 def _card(
-    gallery: Gallery, story: Told, records: Sequence[Mapping[str, Any]], rows: Mapping[str, str]
+    gallery: Gallery,
+    story: SplitStory,
+    records: Sequence[Mapping[str, Any]],
+    rows: Mapping[str, str],
 ) -> str:
     place = gallery.place(story).relative_to(gallery.folder).as_posix()
     size = gallery.settings["width"], gallery.settings["height"]
-    pictures = {
+    images = {
         name: [Picture(f"{place}/{word}_{i}.png", *size) for i in range(len(records))]
         for name, word in rows.items()
     }
@@ -63,7 +66,7 @@ def _card(
         for record in records
     ]
     heading = f'<a href="{place}/figure.png">{escape(story.id)}</a>'
-    return story_card(heading, story.sentences, pictures, hints)
+    return story_card(heading, story.sentences, images, hints)
 
 
 def _about(gallery: Gallery) -> str:

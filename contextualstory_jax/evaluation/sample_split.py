@@ -23,7 +23,7 @@ from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.data.story_source import StorySource
 from contextualstory_jax.evaluation.compare import outcomes
 from contextualstory_jax.evaluation.metrics.characters import CharacterMetrics
-from contextualstory_jax.evaluation.results import Gallery, Told
+from contextualstory_jax.evaluation.results import Gallery, SplitStory
 from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
 from contextualstory_jax.utils.errors import require
 from contextualstory_jax.utils.interruption import check
@@ -35,19 +35,19 @@ MEASURED = {"originals": "original", "model": "frame", "untrained": "untrained"}
 THREADS = min(8, os.cpu_count() or 1)  # Pillow leaves Python to others while it packs
 
 
-def tell(source: Source, number: int) -> Told:
+def story_of(source: Source, number: int) -> SplitStory:
     """A story of a split without its images."""
     if isinstance(source, StorySource):
         record = source.story(number)
-        return Told(number, record.story_id, record.sentences, record.source_frame_ids)
+        return SplitStory(number, record.story_id, record.sentences, record.source_frame_ids)
     example = source[number]
-    return Told(number, example.story_id, example.sentences, example.frame_ids)
+    return SplitStory(number, example.story_id, example.sentences, example.frame_ids)
 
 
-def draw_split(
+def generate_split(
     models: Mapping[str, StoryPipeline],
     source: Source,
-    stories: Sequence[Told],
+    stories: Sequence[SplitStory],
     gallery: Gallery,
     *,
     seed: int = 0,
@@ -68,37 +68,37 @@ def draw_split(
     require(batch_size >= 1, f"batch size must be at least 1; got {batch_size}")
     ours = stories[jax.process_index() :: jax.process_count()]
     gallery.clear(story.number for story in ours)
-    lacking = [story for story in ours if not gallery.has(story)]
-    progress(len(ours) - len(lacking))
+    missing = [story for story in ours if not gallery.has(story)]
+    progress(len(ours) - len(missing))
     # Every batch has one size, so that one program serves.
-    batch_size = max(min(batch_size, len(lacking)), 1)
-    batches = [lacking[i : i + batch_size] for i in range(0, len(lacking), batch_size)]
+    batch_size = max(min(batch_size, len(missing)), 1)
+    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     given = int(models["frame"].model.config.unet.is_continuation)
     with ThreadPoolExecutor(THREADS) as pool:
 
-        def read(batch: Sequence[Told]) -> list[Future[Example]]:
+        def read(batch: Sequence[SplitStory]) -> list[Future[Example]]:
             return [pool.submit(source.__getitem__, story.number) for story in batch]
 
         reading, writing = read(batches[0] if batches else []), []
         for batch, following in itertools.zip_longest(batches, batches[1:], fillvalue=()):
             examples = [future.result() for future in reading]
             reading = read(following)
-            drawn = [_draw(model, examples, seed, batch_size) for model in models.values()]
+            generated = [_generate(model, examples, seed, batch_size) for model in models.values()]
             if not writing and jax.process_index() == 0:
                 gallery.write_settings()
             _finish(writing, progress)
-            for story, example, *pictures in zip(batch, examples, *drawn, strict=True):
-                named = dict(zip(models, pictures, strict=True))
+            for story, example, *images in zip(batch, examples, *generated, strict=True):
+                named = dict(zip(models, images, strict=True))
                 writing.append(
                     pool.submit(gallery.write, story, example, named, seed=seed, given=given)
                 )
             check()
         _finish(writing, progress)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("every story is drawn")
+        multihost_utils.sync_global_devices("every story is generated")
 
 
-def _draw(
+def _generate(
     pipeline: StoryPipeline, examples: Sequence[Example], seed: int, batch_size: int
 ) -> UInt8[np.ndarray, "b f h w 3"]:
     """The images of a batch; the last story fills its empty places."""
@@ -108,8 +108,8 @@ def _draw(
         for example in examples
     ]
     stories += stories[-1:] * (batch_size - len(stories))
-    drawing = pipeline.draw(stories, seed=seed, batch_size=batch_size)
-    return drawing.pictures[: len(examples)]
+    generated = pipeline.draw(stories, seed=seed, batch_size=batch_size)
+    return generated.images[: len(examples)]
 
 
 def _finish(writing: list[Future[None]], progress: Callable[[int], object]) -> None:
@@ -120,7 +120,7 @@ def _finish(writing: list[Future[None]], progress: Callable[[int], object]) -> N
 
 
 def measure_split(
-    source: Source, stories: Iterable[Told], gallery: Gallery, given: int
+    source: Source, stories: Iterable[SplitStory], gallery: Gallery, given: int
 ) -> dict[str, dict[str, Any]]:
     """`CharacterMetrics.compute` of each of `MEASURED`, from frame `given` on."""
     metrics = {name: CharacterMetrics() for name in MEASURED}
@@ -128,5 +128,5 @@ def measure_split(
         check()
         example = source[story.number]
         for name, word in MEASURED.items():
-            metrics[name].update(outcomes(example, gallery.pictures(story, word), given))
+            metrics[name].update(outcomes(example, gallery.images(story, word), given))
     return {name: metric.compute() for name, metric in metrics.items()}

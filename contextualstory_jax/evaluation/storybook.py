@@ -50,7 +50,7 @@ def write_storybook(
         UserError: where the page cannot be written.
     """
     chapters = "\n".join(
-        _story(story, {name: result.pictures[i] for name, result in results.items()})
+        _story(story, {name: result.images[i] for name, result in results.items()})
         for i, story in enumerate(stories[:shown])
     )
     body = f"""<p>Five sentences in, five images that belong together out. None of these stories
@@ -72,13 +72,13 @@ them stands what the other sentences say.</p>
         temporary.write_text(page("Storybook", body), encoding="utf-8")
 
 
-def _story(story: Example, pictures: Mapping[str, UInt8[np.ndarray, "f h w 3"]]) -> str:
+def _story(story: Example, images: Mapping[str, UInt8[np.ndarray, "f h w 3"]]) -> str:
     """One story: its sentences over a row of images from each source."""
     hints = [""] * len(story.sentences)
     for i, label in enumerate(story.labels or ()):
         if label.needs_context:
             hints[i] = " and ".join(sorted(label.characters)) + f", {label.scene}"
-    rows = {name: [_data(frame) for frame in frames] for name, frames in pictures.items()}
+    rows = {name: [_data(frame) for frame in frames] for name, frames in images.items()}
     return story_card(escape(story.story_id), story.sentences, rows, hints)
 
 

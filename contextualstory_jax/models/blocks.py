@@ -34,8 +34,9 @@ from contextualstory_jax.models.spatial import (
 )
 from contextualstory_jax.models.temporal import TemporalResnetBlock, TemporalTransformer
 
-TextKeysValues = list[list[KeysValues]]  # [layer of the block][block of the transformer]
-TimeShifts = list[list[jax.Array]]  # [block][layer of the block], each b f c
+# Of a block: what its layers receive besides the latents.
+TextKeysValues = list[list[KeysValues]]  # [layer][block of the transformer]
+TimeShifts = list[Float[Array, "#b f _"]]  # [layer]
 
 
 def _is_product(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
@@ -124,7 +125,7 @@ class Block(nnx.Module):
         """Cross-attention keys and values of every layer."""
         return [attention.text_keys_values(text) for attention in self.attentions]
 
-    def time_shifts(self, temb: Float[Array, "b f t"]) -> list[Float[Array, "b f _"]]:
+    def time_shifts(self, temb: Float[Array, "b f t"]) -> TimeShifts:
         """Shift that the time embedding adds in each resnet."""
         return [resnet.time_shift(temb) for resnet in self.resnets]
 
@@ -138,7 +139,7 @@ class Block(nnx.Module):
         return jnp.concatenate([per_branch(frame, x)[:, None], x[:, 1:]], axis=1)
 
     def convolve(
-        self, i: int, x: Float[Array, "b f h w i"], shifts: list[Float[Array, "#b f _"]]
+        self, i: int, x: Float[Array, "b f h w i"], shifts: TimeShifts
     ) -> Float[Array, "b f h w c"]:
         """Resnet and temporal convolution of layer i."""
 
@@ -193,7 +194,7 @@ class DownBlock(Block):
     def __call__(
         self,
         x: Float[Array, "b f h w i"],
-        shifts: list[Float[Array, "#b f _"]],
+        shifts: TimeShifts,
         text: TextKeysValues,
     ) -> tuple[Array, list[Array]]:
         """Return the output and the skip connections, in the order they were made."""
@@ -237,7 +238,7 @@ class MidBlock(Block):
     def __call__(
         self,
         x: Float[Array, "b f h w c"],
-        shifts: list[Float[Array, "#b f _"]],
+        shifts: TimeShifts,
         text: TextKeysValues,
     ) -> Float[Array, "bn f h w c"]:
         x = self.attend(0, self.convolve(0, x, shifts), text, self.see_first_frame)
@@ -280,7 +281,7 @@ class UpBlock(Block):
         self,
         x: Float[Array, "b f h w i"],
         skips: list[Array],
-        shifts: list[Float[Array, "#b f _"]],
+        shifts: TimeShifts,
         text: TextKeysValues,
     ) -> Array:
         """Consume skip connections from the end of `skips`."""

@@ -63,17 +63,17 @@ class StoryModel:
         tower = self.text_encoder.bind(params["text_encoder"], self.dtype)
         return tower(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
 
-    def encode_pictures(
-        self, params: Parts, pictures: Real[Array, "b f h w 3"], keys: Key[Array, " b"]
+    def encode_images(
+        self, params: Parts, images: Real[Array, "b f h w 3"], keys: Key[Array, " b"]
     ) -> Float[Array, "b f p q c"]:
         """Scaled latents of levels 0 to 255, sampled from the posterior with one key a story."""
-        return self.sample(self.picture_moments(params, pictures), keys)
+        return self.sample(self.image_moments(params, images), keys)
 
-    def picture_moments(self, params: Parts, pictures: Real[Array, "b f h w 3"]) -> Moments:
+    def image_moments(self, params: Parts, images: Real[Array, "b f h w 3"]) -> Moments:
         """The posterior over unscaled latents, `b f p q c`, of levels 0 to 255."""
-        b, f = pictures.shape[:2]
+        b, f = images.shape[:2]
         codec = self.vae.bind(params["vae"], self.dtype)
-        moments = codec.encode(pictures_to_float(pictures).reshape(b * f, *pictures.shape[2:]))
+        moments = codec.encode(pictures_to_float(images).reshape(b * f, *images.shape[2:]))
         return jax.tree.map(lambda x: x.reshape(b, f, *x.shape[1:]), moments)
 
     def sample(self, moments: Moments, keys: Key[Array, " b"]) -> Float[Array, "b f p q c"]:
@@ -90,8 +90,8 @@ class StoryModel:
         b, f = latents.shape[:2]
         codec = self.vae.bind(params["vae"], self.dtype)
         flat = latents.reshape(b * f, *latents.shape[2:])
-        pictures = pictures_to_uint8(decode_latents(codec, flat, self.config.vae.scaling_factor))
-        return pictures.reshape(b, f, *pictures.shape[1:])
+        images = pictures_to_uint8(decode_latents(codec, flat, self.config.vae.scaling_factor))
+        return images.reshape(b, f, *images.shape[1:])
 
     def contextualize(
         self, params: Parts, text: Float[Array, "b f l d"]
@@ -107,7 +107,7 @@ class StoryModel:
 
     def time_shifts(
         self, params: Parts, timesteps: Num[Array, " b"], motion: Num[Array, "#b m"]
-    ) -> TimeShifts:
+    ) -> list[TimeShifts]:
         """Shifts that condition the UNet on steps and scene changes (StoryFlow values)."""
         unet = self._unet(params)
         # One image a frame: the stride is 1, as in the original's configs.
@@ -118,7 +118,7 @@ class StoryModel:
         self,
         params: Parts,
         noisy: Float[Array, "b g p q c"],
-        shifts: TimeShifts,
+        shifts: list[TimeShifts],
         text: list[TextKeysValues],
         first_frame: Float[Array, "b p q c"] | None,
     ) -> Float[Array, "bn g p q c"]:

@@ -111,7 +111,7 @@ class UNet(nnx.Module):
         timesteps: Num[Array, " b"],
         storyflow: Float[Array, "#b f c"] | None = None,
         frame_stride: Int[Array, " b"] | Int[Array, "b f"] | None = None,
-    ) -> TimeShifts:
+    ) -> list[TimeShifts]:
         """Shifts that `embed_time`'s embedding adds in every resnet, by block."""
         temb = self.embed_time(timesteps, storyflow, frame_stride)
         return [block.time_shifts(temb) for block in self._blocks]
@@ -123,7 +123,7 @@ class UNet(nnx.Module):
     def __call__(
         self,
         sample: Float[Array, "b g h w i"],
-        shifts: TimeShifts,
+        shifts: list[TimeShifts],
         text: list[TextKeysValues],
         first_frame: Float[Array, "b h w i"] | None = None,
     ) -> Float[Array, "bn g h w i"]:
@@ -145,18 +145,17 @@ class UNet(nnx.Module):
             )
         if first_frame is not None:
             sample = jnp.concatenate([first_frame[:, None], sample], axis=1)
-        told = list(zip(shifts, text, strict=True))
-        levels = len(self.down_blocks)
+        conditions = zip(shifts, text, strict=True)  # of the blocks, in their order
         x = self.conv_in(sample)
         skips = [x]
-        for block, block_told in zip(self.down_blocks, told[:levels], strict=True):
+        for block in self.down_blocks:
             # Parity: the first frame is written through a view, into the stored skip as well.
             skips[-1] = x = block.put_first_frame(x, first_frame)
-            x, block_skips = block(x, *block_told)
+            x, block_skips = block(x, *next(conditions))
             skips += block_skips
         skips[-1] = x = self.mid_block.put_first_frame(x, first_frame)
-        x = self.mid_block(x, *told[levels])
-        for block, block_told in zip(self.up_blocks, told[levels + 1 :], strict=True):
-            x = block(block.put_first_frame(x, first_frame), skips, *block_told)
+        x = self.mid_block(x, *next(conditions))
+        for block in self.up_blocks:
+            x = block(block.put_first_frame(x, first_frame), skips, *next(conditions))
         x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
         return x[:, 1:] if first_frame is not None else x

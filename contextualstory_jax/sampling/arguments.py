@@ -23,7 +23,7 @@ from contextualstory_jax.config.model_config import (
     UNetConfig,
 )
 from contextualstory_jax.data.images import read_image, to_rgb
-from contextualstory_jax.sampling.prompts import check_text, fit_picture
+from contextualstory_jax.sampling.prompts import check_text, fit_image
 from contextualstory_jax.utils.errors import require
 
 OutputType = Literal["np", "pil", "latent"]
@@ -138,7 +138,7 @@ def read_first_frame(
         f"{name} must be a PIL image, a path or a uint8 array of shape height x width x 3; got "
         + (f"{array.dtype} of shape {array.shape}" if array.ndim else shown(image)),
     )
-    return array if size is None else fit_picture(array, *size)
+    return array if size is None else fit_image(array, *size)
 
 
 def _is_image(array: np.ndarray, size: tuple[int, int] | None = None) -> bool:

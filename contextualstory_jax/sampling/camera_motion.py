@@ -15,7 +15,7 @@ ZOOM = 1.5  # how much narrower the closest view is than the widest
 
 
 def film(
-    picture: UInt8[np.ndarray, "r s 3"], motion: str, frames: int, height: int, width: int
+    image: UInt8[np.ndarray, "r s 3"], motion: str, frames: int, height: int, width: int
 ) -> Float32[np.ndarray, "f h w 3"]:
     """A clip of `frames` views of `height` x `width` pixels; `motion` is one of `CameraMotion`.
 
@@ -25,10 +25,10 @@ def film(
     # Parity: view i is i / frames of the way along.
     shares = [i / frames for i in range(frames)]
     if motion in ("zoom_in", "zoom_out"):
-        whole = _cover(picture, 2 * height, 2 * width)
+        whole = _cover(image, 2 * height, 2 * width)
         views = [_middle(whole, _zoom(motion, share, 2 * height, 2 * width)) for share in shares]
         return np.stack([resize(view, height, width) for view in views])
-    whole = _cover(picture, height, width)
+    whole = _cover(image, height, width)
     whole = _middle(whole, (height, whole.shape[1]))
     space = whole.shape[1] - width
     lefts = [int(space * (share if motion == "pan_right" else 1 - share)) for share in shares]
@@ -47,32 +47,32 @@ def _zoom(motion: str, share: float, height: int, width: int) -> tuple[int, int]
 
 
 def _middle(
-    picture: Float32[np.ndarray, "r s 3"], size: tuple[int, int]
+    image: Float32[np.ndarray, "r s 3"], size: tuple[int, int]
 ) -> Float32[np.ndarray, "h w 3"]:
-    top, left = ((picture.shape[axis] - size[axis]) // 2 for axis in (0, 1))
-    return picture[top : top + size[0], left : left + size[1]]
+    top, left = ((image.shape[axis] - size[axis]) // 2 for axis in (0, 1))
+    return image[top : top + size[0], left : left + size[1]]
 
 
 def _cover(
-    picture: UInt8[np.ndarray, "r s 3"], height: int, width: int
+    image: UInt8[np.ndarray, "r s 3"], height: int, width: int
 ) -> Float32[np.ndarray, "h w 3"]:
     """The image in its own proportions, as small as covers `height` x `width`."""
-    rows, columns = picture.shape[:2]
+    rows, columns = image.shape[:2]
     if rows * width >= columns * height:
-        return resize(picture, math.floor(rows * width / columns), width)
-    return resize(picture, height, math.floor(columns * height / rows))
+        return resize(image, math.floor(rows * width / columns), width)
+    return resize(image, height, math.floor(columns * height / rows))
 
 
 def resize(
-    picture: UInt8[np.ndarray, "r s 3"] | Float32[np.ndarray, "r s 3"], height: int, width: int
+    image: UInt8[np.ndarray, "r s 3"] | Float32[np.ndarray, "r s 3"], height: int, width: int
 ) -> Float32[np.ndarray, "h w 3"]:
     """Bilinear between the four nearest pixels. Source: torch interpolate, align_corners=False."""
-    picture = picture.astype(np.float32)
+    image = image.astype(np.float32)
     for axis, n in enumerate((height, width)):
-        last = picture.shape[axis] - 1
+        last = image.shape[axis] - 1
         places = np.clip((np.arange(n) + 0.5) * (last + 1) / n - 0.5, 0, last)
         low = places.astype(int)
         share = (places - low).astype(np.float32).reshape((-1, 1, 1)[: 3 - axis])
-        above = picture.take(np.minimum(low + 1, last), axis)
-        picture = picture.take(low, axis) * (1 - share) + above * share
-    return picture
+        above = image.take(np.minimum(low + 1, last), axis)
+        image = image.take(low, axis) * (1 - share) + above * share
+    return image

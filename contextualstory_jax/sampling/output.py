@@ -19,7 +19,7 @@ GRID_GAP = 2  # pixels of white between the frames of a grid
 
 def write_story(
     folder: Path,
-    pictures: UInt8[np.ndarray, "f h w 3"],
+    images: UInt8[np.ndarray, "f h w 3"],
     sentences: Sequence[str],
     seed: int,
     captions: bool = True,
@@ -32,10 +32,10 @@ def write_story(
     Raises:
         UserError: the folder cannot be written.
     """
-    views = viewable(pictures, sentences if captions else None)
+    views = viewable(images, sentences if captions else None)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_frames(temporary, pictures, sentences, seed)
+        save_frames(temporary, images, sentences, seed)
         grid = _side_by_side(views)
         grid.save(temporary / "grid.png", pnginfo=_text(seed, "\n".join(sentences)))
         views[0].save(
@@ -49,15 +49,15 @@ def write_story(
 
 def save_frames(
     folder: Path,
-    pictures: UInt8[np.ndarray, "f h w 3"],
+    images: UInt8[np.ndarray, "f h w 3"],
     sentences: Sequence[str],
     seed: int,
     name: str = "frame",
 ) -> None:
     """Write `NAME_0.png` and so on into a folder; they hold seed and sentence."""
-    for i, (picture, sentence) in enumerate(zip(pictures, sentences, strict=True)):
+    for i, (image, sentence) in enumerate(zip(images, sentences, strict=True)):
         path = folder / f"{name}_{i}.png"
-        Image.fromarray(picture).save(path, pnginfo=_text(seed, sentence))
+        Image.fromarray(image).save(path, pnginfo=_text(seed, sentence))
 
 
 def write_latents(path: Path, latents: Float32[np.ndarray, "b f p q c"]) -> None:

@@ -52,7 +52,7 @@ from contextualstory_jax.sampling.camera_motion import film
 from contextualstory_jax.sampling.pretrained import SHIPPED, find_checkpoint
 from contextualstory_jax.sampling.sample import (
     AfterStep,
-    Drawing,
+    Generated,
     Inputs,
     Request,
     Scales,
@@ -220,7 +220,7 @@ class StoryPipeline:
         if image is not None:
             fitted = None if options.get("camera_motion") else size
             stories = put_first_frames(stories, image, single, fitted)
-        drawing = self.draw(
+        generated = self.draw(
             stories,
             sampling=read_sampling(
                 config,
@@ -236,16 +236,16 @@ class StoryPipeline:
             initial_latents=initial_latents if latents is None else latents,
             **options,
         )
-        output = as_output(output_type, drawing.pictures, drawing.latents)
+        output = as_output(output_type, generated.images, generated.latents)
         return output[0] if single else output
 
     def draw(
         self,
         stories: Sequence[Story],
         *,
-        progress: Callable[[int], object] = lambda drawn: None,
+        progress: Callable[[int], object] = lambda generated: None,
         **options: Any,
-    ) -> Drawing:
+    ) -> Generated:
         """Generate stories; options are those of `draw_batches`.
 
         Args:
@@ -254,11 +254,11 @@ class StoryPipeline:
         Raises:
             UserError: for input that does not fit the model, before anything is generated.
         """
-        drawings = []
-        for drawing in self.draw_batches(stories, **options):
-            drawings.append(drawing)
-            progress(len(drawing.pictures))
-        return Drawing(*map(np.concatenate, zip(*drawings, strict=True)))
+        batches = []
+        for batch in self.draw_batches(stories, **options):
+            batches.append(batch)
+            progress(len(batch.images))
+        return Generated(*map(np.concatenate, zip(*batches, strict=True)))
 
     def compile(
         self,
@@ -303,7 +303,7 @@ class StoryPipeline:
         *,
         callback_on_step_end: StepCallback | None = None,
         **options: Any,
-    ) -> Iterator[Drawing]:
+    ) -> Iterator[Generated]:
         """Generate stories in batches of one size, in order.
 
         Args:
@@ -324,8 +324,8 @@ class StoryPipeline:
             if callback_on_step_end is not None:
                 after_step = self._after_step(callback_on_step_end, request.sampler, real)
             self._log.before((request.branches, request.inputs.noise.shape, request.sampler.step))
-            drawn = generate(self._programs, self.params, request, after_step)
-            yield Drawing(*(np.asarray(array)[:real] for array in drawn))
+            generated = generate(self._programs, self.params, request, after_step)
+            yield Generated(*(np.asarray(array)[:real] for array in generated))
             if self.interrupt:
                 return
 
@@ -409,11 +409,11 @@ class StoryPipeline:
         noise = jax.vmap(lambda key: story_noise(key, shape, self.model.config.noise))(noise_keys)
         given = [story.first_frame for story in stories if story.first_frame is not None]
         if camera_motion is None:
-            clips = [picture[None] for picture in given]
+            clips = [frame[None] for frame in given]
         else:
             f, *sides = shape[:3]
             height, width = (side * self.model.config.vae.factor for side in sides)
-            clips = [film(picture, camera_motion, f, height, width) for picture in given]
+            clips = [film(frame, camera_motion, f, height, width) for frame in given]
         first_frames = jnp.stack(clips) if clips else None
         return jax.tree.map(self._place, Inputs(ids, noise, step_keys, frame_keys, first_frames))
 

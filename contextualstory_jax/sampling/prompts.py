@@ -121,9 +121,9 @@ def _lines(path: Path) -> list[tuple[str, str]]:
     return lines
 
 
-def fit_picture(
-    picture: UInt8[np.ndarray, "r s 3"], height: int, width: int
+def fit_image(
+    image: UInt8[np.ndarray, "r s 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "h w 3"]:
     """An image cropped in the middle to the shape asked for and resized."""
     size = (width, height)
-    return np.asarray(ImageOps.fit(Image.fromarray(picture), size, Image.Resampling.BILINEAR))
+    return np.asarray(ImageOps.fit(Image.fromarray(image), size, Image.Resampling.BILINEAR))

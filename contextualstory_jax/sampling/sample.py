@@ -112,7 +112,7 @@ def prepare(
     latents = inputs.noise.astype(jnp.float32)
     clean_first = first_frame = None
     if inputs.first_frame is not None:
-        clip = model.encode_pictures(params, inputs.first_frame, inputs.frame_keys)
+        clip = model.encode_images(params, inputs.first_frame, inputs.frame_keys)
         clean_first, first_frame = clip[:, :1], clip[:, 0]
         if frameinit is not None:
             latents = mix(frameinit, clip, latents)
@@ -163,8 +163,8 @@ def decode(
     turns = latents.reshape(at_once, -1, *latents.shape[1:]).swapaxes(0, 1)
     if len(turns) == 1:
         return model.decode(params, latents)
-    pictures = jax.lax.map(functools.partial(model.decode, params), turns).swapaxes(0, 1)
-    return pictures.reshape(len(latents), *pictures.shape[2:])
+    images = jax.lax.map(functools.partial(model.decode, params), turns).swapaxes(0, 1)
+    return images.reshape(len(latents), *images.shape[2:])
 
 
 def finish(
@@ -232,10 +232,10 @@ def shared_programs(model: StoryModel, placement: Placement) -> Programs:
     )
 
 
-class Drawing(NamedTuple):
+class Generated(NamedTuple):
     """Generated stories."""
 
-    pictures: UInt8[np.ndarray, "b f h w 3"]
+    images: UInt8[np.ndarray, "b f h w 3"]
     latents: Float32[np.ndarray, "b f p q c"]  # before decoding
 
 

@@ -206,7 +206,7 @@ def compare_pipeline(path: Path, pipeline: StoryPipeline) -> Iterator[Comparison
 
     ids = pipeline.tokenizer(info["prompts"])[: len(arrays["text_embeddings"])]
     text = jax.jit(pipeline.model.encode_text)(pipeline.params, jnp.asarray(ids)[None])
-    drawing = pipeline.draw(
+    generated = pipeline.draw(
         [
             Story(info["prompts"][i * f : (i + 1) * f], f"{info['name']}_{i}", first_frame)
             for i, first_frame in enumerate(given)
@@ -226,6 +226,6 @@ def compare_pipeline(path: Path, pipeline: StoryPipeline) -> Iterator[Comparison
 
     embeddings = np.asarray(text[0], np.float32)
     yield Comparison(embeddings, arrays["text_embeddings"], MODULE_TOLERANCE, "text tower")
-    yield Comparison(drawing.latents, final, LATENTS_TOLERANCE, "latents")
-    ours, theirs = drawing.pictures.astype(np.float32), pictures.astype(np.float32)
+    yield Comparison(generated.latents, final, LATENTS_TOLERANCE, "latents")
+    ours, theirs = generated.images.astype(np.float32), pictures.astype(np.float32)
     yield Comparison(ours, theirs, PICTURES_TOLERANCE, "pictures")

@@ -126,15 +126,16 @@ def predict(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
     """The UNet's prediction for the story, half-way noisy."""
     t = jnp.array([TIMESTEP])
     noisy = add_noise(noise_schedule(model.config.scheduler), x["latents"], x["noise"], t)
-    told = model.time_shifts(params, t, x["motion"]), model.text_keys_values(params, x["storyline"])
-    if not model.config.unet.is_continuation:
-        return model.predict(params, noisy, *told, None)
-    return model.predict(params, noisy[:, 1:], *told, x["latents"][:, 0])
+    shifts = model.time_shifts(params, t, x["motion"])
+    text, first_frame = model.text_keys_values(params, x["storyline"]), None
+    if model.config.unet.is_continuation:
+        noisy, first_frame = noisy[:, 1:], x["latents"][:, 0]
+    return model.predict(params, noisy, shifts, text, first_frame)
 
 
 def encode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
     """Latents of the story's images, sampled with the same noise in every dtype."""
-    return model.encode_pictures(params, x["images"], jax.random.key(0)[None])
+    return model.encode_images(params, x["images"], jax.random.key(0)[None])
 
 
 def decode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:

@@ -284,7 +284,7 @@ class Encoder:
     def _picture_moments(
         self, params: Parts, pictures: UInt8[Array, "n h w 3"]
     ) -> Float[Array, "n 2 p q c"]:
-        moments = self.model.picture_moments(params, pictures[:, None])
+        moments = self.model.image_moments(params, pictures[:, None])
         return jnp.concatenate(moments, axis=1)
 
     def _text(self, params: Parts, ids: Int[Array, "n l"]) -> Float[Array, "n l d"]:

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, training_target
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
-from contextualstory_jax.distributed.sharding import HEADS, Placement
+from contextualstory_jax.distributed.sharding import BATCH, HEADS, Placement
 from contextualstory_jax.models.fused_attention import attention_on
 from contextualstory_jax.models.story_model import Parts, StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
@@ -60,7 +61,7 @@ class Encoded(NamedTuple):
     text: Float[Array, "b f l d"]
 
 
-class Draws(NamedTuple):
+class RandomInputs(NamedTuple):
     """The random part of a step's loss."""
 
     latents: Float[Array, "b f p q c"]
@@ -160,17 +161,19 @@ def encode(
     text = model.encode_text(params, batch.ids)
     # By itself: one sentence more than devices divide would scatter all of the text encoder's work.
     null_text = model.encode_text(params, jnp.asarray(null_ids)[None, None])[0, 0]
-    return Encoded(model.picture_moments(params, batch.images), text), null_text
+    return Encoded(model.image_moments(params, batch.images), text), null_text
 
 
-def draw(model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: TrainConfig) -> Draws:
+def sample_inputs(
+    model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: TrainConfig
+) -> RandomInputs:
     """Latents, noise, timesteps and drops of a batch, with one key a story."""
     latent_keys, noise_keys, time_keys, text_keys, frame_keys = jax.vmap(
         lambda key: jax.random.split(key, 5), out_axes=1
     )(keys)
     latents = model.sample(moments, latent_keys)
     _, f, p, q, c = latents.shape
-    return Draws(
+    return RandomInputs(
         latents=latents,
         noise=jax.vmap(lambda key: story_noise(key, (f, p, q, c), config.model.noise))(noise_keys),
         timesteps=jax.vmap(
@@ -186,30 +189,30 @@ def draw(model: StoryModel, moments: Moments, keys: Key[Array, " b"], config: Tr
 def loss(
     model: StoryModel,
     params: Parts,
-    draws: Draws,
+    sampled: RandomInputs,
     text: Float[Array, "b f l d"],
     null_text: Float[Array, "#b #f l d"],
     snr_gamma: float | None,
 ) -> Float[Array, ""]:
     """The mean of the stories' losses. Reference: train.py."""
     schedule = noise_schedule(model.config.scheduler)
-    noisy = add_noise(schedule, draws.latents, draws.noise, draws.timesteps)
-    target = training_target(schedule, draws.latents, draws.noise, draws.timesteps)
+    noisy = add_noise(schedule, sampled.latents, sampled.noise, sampled.timesteps)
+    target = training_target(schedule, sampled.latents, sampled.noise, sampled.timesteps)
     storyline = model.contextualize(params, text)
     # The null text bypasses the contextualizer.
-    dropped = draws.drop_text[:, None, None, None]
+    dropped = sampled.drop_text[:, None, None, None]
     storyline = jnp.where(dropped, null_text.astype(storyline.dtype), storyline)
     keys_values = model.text_keys_values(params, storyline)
     # Parity: StoryFlow values are truncated to integers in training, not in sampling.
-    motion = jnp.trunc(storyflow(draws.latents))
-    shifts = model.time_shifts(params, draws.timesteps, motion)
+    motion = jnp.trunc(storyflow(sampled.latents))
+    shifts = model.time_shifts(params, sampled.timesteps, motion)
     first_frame = None
     if model.config.unet.is_continuation:
-        dropped = draws.drop_first_frame[:, None, None, None]
-        first_frame = jnp.where(dropped, noisy[:, 0], draws.latents[:, 0])
+        dropped = sampled.drop_first_frame[:, None, None, None]
+        first_frame = jnp.where(dropped, noisy[:, 0], sampled.latents[:, 0])
         noisy, target = noisy[:, 1:], target[:, 1:]
     prediction = model.predict(params, noisy, shifts, keys_values, first_frame)
-    weight = min_snr_weight(schedule, draws.timesteps, snr_gamma)
+    weight = min_snr_weight(schedule, sampled.timesteps, snr_gamma)
     return jnp.mean(story_losses(prediction, target, weight))
 
 
@@ -226,10 +229,6 @@ def update(
     )
 
 
-def _as_it_is(tree: Any) -> Any:
-    return tree
-
-
 def _cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
@@ -237,7 +236,8 @@ def _cast(tree: Any, dtype: Any) -> Any:
 def micro_loss(
     model: StoryModel,
     config: TrainConfig,
-    null: Int[Array | np.ndarray, " l"] | Float[Array | np.ndarray, "l d"],
+    null_ids: Int[Array | np.ndarray, " l"],
+    null_text: Float[Array | np.ndarray, "l d"] | None,
     trained: Parts,
     frozen: Parts,
     batch: Batch | Encoded,
@@ -245,14 +245,12 @@ def micro_loss(
 ) -> tuple[Float[Array, ""], Float[Array, " m"]]:
     """The loss of a micro-batch, and the sum of its stories' StoryFlow values."""
     params = merge_parts(trained, frozen)
-    encoded, null_text = (
-        encode(model, params, batch, null)
-        if isinstance(batch, Batch)
-        else (batch, jnp.asarray(null))
-    )
-    draws = draw(model, encoded.moments, keys, config)
-    value = loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
-    return value, storyflow(draws.latents).sum(axis=0)
+    if isinstance(batch, Batch):
+        batch, null_text = encode(model, params, batch, null_ids)
+    sampled = sample_inputs(model, batch.moments, keys, config)
+    null = jnp.asarray(null_text)[None, None]
+    value = loss(model, params, sampled, batch.text, null, config.snr_gamma)
+    return value, storyflow(sampled.latents).sum(axis=0)
 
 
 def sum_over(micro: Any, function: Callable[[Any], Any]) -> Any:
@@ -270,66 +268,79 @@ def sum_over(micro: Any, function: Callable[[Any], Any]) -> Any:
     return jax.lax.scan(add, function(first), rest)[0]
 
 
+def train_step(
+    model: StoryModel,
+    config: TrainConfig,
+    placement: Placement,
+    null_ids: Int[Array | np.ndarray, " l"],
+    null_text: Float[Array | np.ndarray, "l d"] | None,
+    state: TrainState,
+    batch: Batch | Encoded,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a batch of `config.batch_size` stories, and the step's metrics."""
+    tx = optimizer(config.optimizer, config.steps)
+    batch_loss = functools.partial(micro_loss, model, config, null_ids, null_text)
+    # Parity: the original clamps alpha in forward, outside the graph: the gradient is not cut.
+    state = dataclasses.replace(state, params=clamp(state.params))
+    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    places = jnp.arange(config.batch_size)
+    keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(places)
+    # Every n-th story, so that each device has its share of each micro-batch.
+    micro = jax.tree.map(
+        lambda x: x.reshape(-1, config.accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
+        (batch, keys),
+    )
+    # Cast and gathered once, for all micro-batches, forward and backward.
+    trained, frozen = placement.gathered(_cast((state.params, state.frozen), model.dtype))
+
+    def gradient_of(micro: tuple[Batch | Encoded, Array]):
+        (value, motion), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
+            trained, frozen, *placement.split(micro)
+        )
+        return value, motion, _cast(placement.sharded(placement.gathered(gradient)), jnp.float32)
+
+    value, motion, gradient = sum_over(micro, gradient_of)
+    value, gradient = jax.tree.map(lambda x: x / config.accumulation_steps, (value, gradient))
+    metrics = {
+        "loss": value,
+        "grad_norm": optax.tree.norm(gradient),
+        "learning_rate": learning_rate(config.optimizer, config.steps)(state.step),
+    }
+    new = update(state, gradient, tx, config.optimizer.ema_decay)
+    change = jax.tree.map(jnp.subtract, new.params, state.params)
+    metrics["param_norm"] = optax.tree.norm(new.params)
+    metrics["update_norm"] = optax.tree.norm(change)
+    new = dataclasses.replace(
+        new,
+        storyflow_sum=state.storyflow_sum + motion,
+        stories=state.stories + config.batch_size,
+    )
+    return new, metrics
+
+
 def make_train_step(
     model: StoryModel,
     config: TrainConfig,
-    null: Int[Array | np.ndarray, " l"] | Float[Array | np.ndarray, "l d"],
-    placement: Placement | None = None,
-) -> Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, Array]]]:
-    """The step that `jax.jit` compiles, for batches of `config.batch_size` stories.
+    placement: Placement,
+    state: TrainState,
+    null_ids: Int[np.ndarray, " l"],
+    null_text: Float[np.ndarray, "l d"] | None = None,
+) -> jax.stages.Wrapped:
+    """`train_step`, jitted: state donated and kept where it lies, metrics everywhere.
 
     Args:
-        null: the empty sentence: its token ids or, for batches that are encoded, its features.
-        placement: where arrays lie, if not all on one device.
+        state: the state, or its `abstract_state`.
+        null_ids: token ids of the empty sentence.
+        null_text: its features, where batches are `Encoded`.
     """
-    tx = optimizer(config.optimizer, config.steps)
-    rate = learning_rate(config.optimizer, config.steps)
-    batch_loss = functools.partial(micro_loss, model, config, null)
-    sharded, gathered, split = (
-        (placement.sharded, placement.gathered, placement.split) if placement else (_as_it_is,) * 3
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    step = attention_on(placement.mesh, HEADS)(train_step)
+    return jax.jit(
+        functools.partial(step, model, config, placement, null_ids, null_text),
+        donate_argnums=0,
+        in_shardings=(placed, NamedSharding(placement.mesh, BATCH)),
+        out_shardings=(placed, NamedSharding(placement.mesh, PartitionSpec())),
     )
-
-    def train_step(
-        state: TrainState, batch: Batch | Encoded
-    ) -> tuple[TrainState, dict[str, Array]]:
-        # Parity: the original clamps alpha in forward, outside the graph: the gradient is not cut.
-        state = dataclasses.replace(state, params=clamp(state.params))
-        step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        places = jnp.arange(config.batch_size)
-        keys = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(places)
-        # Every n-th story, so that each device has its share of each micro-batch.
-        micro = jax.tree.map(
-            lambda x: x.reshape(-1, config.accumulation_steps, *x.shape[1:]).swapaxes(0, 1),
-            (batch, keys),
-        )
-        # Cast and gathered once, for all micro-batches, forward and backward.
-        trained, frozen = gathered(_cast((state.params, state.frozen), model.dtype))
-
-        def gradient_of(micro: tuple[Batch | Encoded, Array]):
-            (value, motion), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
-                trained, frozen, *split(micro)
-            )
-            return value, motion, _cast(sharded(gathered(gradient)), jnp.float32)
-
-        value, motion, gradient = sum_over(micro, gradient_of)
-        value, gradient = jax.tree.map(lambda x: x / config.accumulation_steps, (value, gradient))
-        metrics = {
-            "loss": value,
-            "grad_norm": optax.tree.norm(gradient),
-            "learning_rate": rate(state.step),
-        }
-        new = update(state, gradient, tx, config.optimizer.ema_decay)
-        change = jax.tree.map(jnp.subtract, new.params, state.params)
-        metrics["param_norm"] = optax.tree.norm(new.params)
-        metrics["update_norm"] = optax.tree.norm(change)
-        new = dataclasses.replace(
-            new,
-            storyflow_sum=state.storyflow_sum + motion,
-            stories=state.stories + config.batch_size,
-        )
-        return new, metrics
-
-    return train_step
 
 
 def make_validation(
@@ -337,8 +348,8 @@ def make_validation(
     config: TrainConfig,
     null_ids: Int[Array | np.ndarray, " l"],
     placement: Placement,
-) -> Callable[[Parts, Parts, Batch], Float[Array, ""]]:
-    """The loss of trained and frozen parameters on a batch, with noise of the seed alone.
+) -> jax.stages.Wrapped:
+    """The jitted loss of trained and frozen parameters on a batch, with noise of the seed alone.
 
     Nothing is dropped.
     """
@@ -350,7 +361,7 @@ def make_validation(
         params, batch = placement.gathered(_cast(params, model.dtype)), placement.split(batch)
         encoded, null_text = encode(model, params, batch, null_ids)
         keys = jax.random.split(jax.random.key(config.seed), len(batch.images))
-        draws = draw(model, encoded.moments, keys, config)
-        return loss(model, params, draws, encoded.text, null_text[None, None], config.snr_gamma)
+        sampled = sample_inputs(model, encoded.moments, keys, config)
+        return loss(model, params, sampled, encoded.text, null_text[None, None], config.snr_gamma)
 
-    return validate
+    return jax.jit(validate, out_shardings=NamedSharding(placement.mesh, PartitionSpec()))

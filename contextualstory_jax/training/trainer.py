@@ -19,8 +19,7 @@ import clu.parameter_overview
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
 from contextualstory_jax.checkpoints.layout import contents, write_model, write_text
@@ -51,8 +50,7 @@ from contextualstory_jax.distributed.multihost import (
     require_agreement,
     say,
 )
-from contextualstory_jax.distributed.sharding import BATCH, HEADS, Placement, batch_ways, make_mesh
-from contextualstory_jax.models.fused_attention import attention_on
+from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.models.vae import Moments
@@ -116,8 +114,9 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
         say(starting(config, workdir, int(state.step)))
         by_first(lambda: describe(config, state, workdir))
         by_first(lambda: record_vocabulary(config, workdir))
-        step = compile_step(model, config, placement, state, tokenizer, latents)
-        step = compiled_together(step)
+        null_ids = tokenizer([""])[0]
+        null_text = None if latents is None else latents.cache.null_text
+        step = make_train_step(model, config, placement, state, null_ids, null_text)
         data = device_batches(config, mesh, tokenizer, int(state.step), latents)
         flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
         validate = validation(model, config, placement, tokenizer) if config.keep_best else None
@@ -130,12 +129,12 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
                 stop=stop,
                 flow=flow,
                 validate=validate,
-                draw=functools.partial(
-                    draw_samples, model, config, tokenizer, workdir, writer, flow, placement
+                generate_samples=functools.partial(
+                    generate_samples, model, config, tokenizer, workdir, writer, flow, placement
                 ),
             )
             say(compiling("training step", len(model.shapes["unet"]), TRAINING_SECONDS))
-            return loop(state, step, data, run)
+            return loop(state, compiled_together(step), data, run)
 
 
 def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
@@ -190,41 +189,6 @@ def record_vocabulary(config: TrainConfig, workdir: Path) -> None:
     write_vocabulary(workdir, vocabulary_of(config.data.name, source))
 
 
-def compile_step(
-    model: StoryModel,
-    config: TrainConfig,
-    placement: Placement,
-    state: TrainState,
-    tokenizer: Tokenizer,
-    latents: EncodedStories | None = None,
-) -> Step:
-    """The training step over the mesh, for the stories or the latent cache there are."""
-    null = tokenizer([""])[0] if latents is None else latents.cache.null_text
-    return step_program(model, config, placement, state, np.asarray(null))
-
-
-def step_program(
-    model: StoryModel,
-    config: TrainConfig,
-    placement: Placement,
-    state: TrainState,
-    null: Int[np.ndarray, " l"] | Float[np.ndarray, "l d"],
-) -> jax.stages.Wrapped:
-    """The step of `make_train_step`: state donated and kept where it lies, metrics everywhere.
-
-    Args:
-        state: the state, or its `abstract_state`.
-        null: the empty sentence.
-    """
-    placed = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(
-        attention_on(placement.mesh, HEADS)(make_train_step(model, config, null, placement)),
-        donate_argnums=0,
-        in_shardings=(placed, NamedSharding(placement.mesh, BATCH)),
-        out_shardings=(placed, NamedSharding(placement.mesh, PartitionSpec())),
-    )
-
-
 def validation(
     model: StoryModel, config: TrainConfig, placement: Placement, tokenizer: Tokenizer
 ) -> Callable[[TrainState], float]:
@@ -237,11 +201,8 @@ def validation(
         images=jax.device_put(np.stack([story.images for story in chosen]), sharding),
         ids=jax.device_put(np.stack([tokenizer(story.sentences) for story in chosen]), sharding),
     )
-    compute = jax.jit(
-        make_validation(model, config, np.asarray(tokenizer([""])[0]), placement),
-        out_shardings=NamedSharding(placement.mesh, PartitionSpec()),
-    )
-    compute = compiled_together(compute)
+    null_ids = tokenizer([""])[0]
+    compute = compiled_together(make_validation(model, config, null_ids, placement))
     return lambda state: float(compute(state.ema_params, state.frozen, batch))
 
 
@@ -279,7 +240,7 @@ def device_batches(
             yield Encoded(Moments(arrays["mean"], arrays["logvar"]), arrays["text"])
 
 
-def draw_samples(
+def generate_samples(
     model: StoryModel,
     config: TrainConfig,
     tokenizer: Tokenizer,
@@ -297,20 +258,20 @@ def draw_samples(
     step, continuation = int(state.step), model.config.unet.is_continuation
     params = merge_parts(state.ema_params, state.frozen)
     pipeline = StoryPipeline(model, params, tokenizer, flow(state), placement=placement)
-    pictures = pipeline.draw(
+    images = pipeline.draw(
         [Story(s.sentences, s.story_id, s.images[0] if continuation else None) for s in stories]
-    ).pictures
+    ).images
     if not is_first():
         return
     rows = [
         np.concatenate(list(frames), axis=1)
-        for story, drawn in zip(stories, pictures, strict=True)
-        for frames in (story.images, drawn)
+        for story, generated in zip(stories, images, strict=True)
+        for frames in (story.images, generated)
     ]
-    picture = np.concatenate(rows)
+    image = np.concatenate(rows)
     with atomic_path(workdir / "samples" / f"step_{step:07d}.png") as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")
-    writer.picture(step, "samples", picture)
+        Image.fromarray(image).save(temporary, format="PNG")
+    writer.picture(step, "samples", image)
 
 
 def storyflow_mean(state: TrainState) -> list[float]:
@@ -329,7 +290,7 @@ class Run:
     stop: StopRequest
     flow: Flow
     validate: Callable[[TrainState], float] | None
-    draw: Callable[[TrainState], None]
+    generate_samples: Callable[[TrainState], None]
 
     def save(self, state: TrainState, loss: float | None) -> None:
         """Write a checkpoint in the background; `loss` says how good it is."""
@@ -373,7 +334,7 @@ def loop(
                 break
             if last or number % config.sample_every == 0:
                 with progress.paused():
-                    run.draw(state)
+                    run.generate_samples(state)
             if last:
                 break
     if stopped:

@@ -109,13 +109,13 @@ def unet_forward(model: StoryModel, params: Parts, arrays: dict[str, np.ndarray]
         shifts = model.time_shifts(params, jnp.full(1, TIMESTEP), motion)
         return shifts, model.text_keys_values(params, storyline)
 
-    def predict(params: Parts, sample: jax.Array, told: Any, first_frame: jax.Array | None):
+    def predict(params: Parts, sample: jax.Array, conditions: Any, first_frame: jax.Array | None):
         first = None if first_frame is None else first_frame[:, 0]
-        return [model.predict(params, sample, *told, first)]
+        return [model.predict(params, sample, *conditions, first)]
 
     texts = (jnp.asarray(arrays[name], model.dtype) for name in ("text", "null_text"))
-    told = jax.jit(prepare)(params, *texts, arrays["motion"])
-    arguments = (params, arrays["sample"], told, arrays.get("first_frame"))
+    conditions = jax.jit(prepare)(params, *texts, arrays["motion"])
+    arguments = (params, arrays["sample"], conditions, arrays.get("first_frame"))
     compiled = compile_twice(lambda: jax.jit(predict).lower(*arguments))
     flops = BRANCHES * unet_flops(model.config).total()
     return Forward("UNet, one guided step of a story", "unet", compiled, arguments, flops)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from scripts.benchmarks import drawing, forward, training
@@ -99,7 +99,7 @@ def training_lines(
 ) -> Iterator[Row]:
     """Of the config's step; without `params`, of the synthetic dataset's."""
     if params is None:
-        small = load_recipe(EMBEDDED)
+        small = load_config(EMBEDDED)
         begin = StoryModel(small.model).init(0)
         what = f"training on embedded stories, batch {small.batch_size}"
         yield from training.rows(machine, what, small, begin)

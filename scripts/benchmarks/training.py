@@ -18,8 +18,7 @@ from contextualstory_jax.models.flops import training_step_flops
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.training.start_state import abstract_state
-from contextualstory_jax.training.train_step import Batch, Encoded, init_state
-from contextualstory_jax.training.trainer import step_program
+from contextualstory_jax.training.train_step import Batch, Encoded, init_state, make_train_step
 from scripts.benchmarks.measuring import Machine, Row, Task, compile_twice, timed
 
 # Of a float32 parameter, its moments and its average, all read and written, and its gradient, read.
@@ -37,14 +36,17 @@ def for_one_device(config: TrainConfig, batch_size: int, *, cached: bool) -> Tra
     )
 
 
-def made_up_batch(model: StoryModel, config: TrainConfig) -> tuple[Batch | Encoded, np.ndarray]:
-    """Stories, and the empty sentence, encoded where the config has a latent cache."""
+def made_up_batch(
+    model: StoryModel, config: TrainConfig
+) -> tuple[Batch | Encoded, np.ndarray, np.ndarray | None]:
+    """Stories, `null_ids` and `null_text`; encoded where the config has a latent cache."""
     about, rng = config.model, np.random.default_rng(0)
     b, f, words = config.batch_size, about.unet.n_frames, about.text_encoder.max_position_embeddings
+    null_ids = np.zeros(words, np.int32)
     if config.data.latents is None:
         images = rng.integers(0, 256, (b, f, about.height, about.width, 3), np.uint8)
         ids = rng.integers(0, about.text_encoder.vocab_size, (b, f, words), np.int32)
-        return Batch(jnp.asarray(images), jnp.asarray(ids)), np.zeros(words, np.int32)
+        return Batch(jnp.asarray(images), jnp.asarray(ids)), null_ids, None
     size = about.latent_size(about.height, about.width)
     mean, logvar, text = (
         jnp.asarray(rng.standard_normal(shape, np.float32), model.dtype)
@@ -53,8 +55,8 @@ def made_up_batch(model: StoryModel, config: TrainConfig) -> tuple[Batch | Encod
             (b, f, words, about.text_encoder.hidden_size),
         )
     )
-    null = np.zeros((words, about.text_encoder.hidden_size), model.dtype)
-    return Encoded(Moments(mean, logvar), text), null
+    null_text = np.zeros((words, about.text_encoder.hidden_size), model.dtype)
+    return Encoded(Moments(mean, logvar), text), null_ids, null_text
 
 
 def rows(
@@ -71,8 +73,8 @@ def rows(
     abstract = abstract_state(model, config, placement)
     begin = functools.partial(init_state, config=config)
     state = jax.jit(begin, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(params)
-    batch, null = made_up_batch(model, config)
-    program = step_program(model, config, placement, abstract, null)
+    batch, *nulls = made_up_batch(model, config)
+    program = make_train_step(model, config, placement, abstract, *nulls)
     compiled = compile_twice(lambda: program.lower(abstract, batch))
     yield from compiled.rows(what)
 

@@ -22,7 +22,7 @@ from contextualstory_jax.analysis.ahead_of_time import (
     total_use,
     training,
 )
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.distributed.sharding import make_mesh
 from contextualstory_jax.utils.errors import UserError
@@ -61,7 +61,7 @@ def test_what_a_refused_program_needs_is_in_the_message(message, expected):
 
 @pytest.mark.parametrize("compile_", [training, drawing])
 def test_a_mesh_that_is_not_of_the_devices_is_refused(compile_):
-    config = load_recipe(RECIPE, ["mesh.data=1", "mesh.fsdp=3"])
+    config = load_config(RECIPE, ["mesh.data=1", "mesh.fsdp=3"])
 
     with pytest.raises(UserError, match="does not make up the 1 devices"):
         compile_(config, jax.devices())
@@ -167,16 +167,16 @@ import json, math, sys
 import jax
 from contextualstory_jax.analysis.ahead_of_time import drawing, total_use, training
 from contextualstory_jax.models.story_model import StoryModel
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.distributed.sharding import Placement
 from contextualstory_jax.analysis.tpu_padding import padded_flops
 
-config = load_recipe(sys.argv[1], ["batch_size=8"])
+config = load_config(sys.argv[1], ["batch_size=8"])
 shapes = StoryModel(config.model).shapes
 found = {"parameters": sum(p.size for p in jax.tree.leaves(shapes))}
 found["pictures"] = 8 * config.model.unet.n_frames * config.model.height * config.model.width * 3
 for name, axes in {"data": ["mesh.data=8"], "fsdp": ["mesh.data=1", "mesh.fsdp=8"]}.items():
-    config = load_recipe(sys.argv[1], ["batch_size=8", "model.sampling.steps=50", *axes])
+    config = load_config(sys.argv[1], ["batch_size=8", "model.sampling.steps=50", *axes])
     step, sampler = training(config, jax.devices()), drawing(config, jax.devices())
     found["operations"] = {
         part: [padded_flops(traced.jaxpr), padded_flops(traced.jaxpr, steps)]

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax.checkpoints.manager import latest_step
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.testing.published_folders import write_pororo
 from tests.conftest import write_untrained
 from tests.conversion.test_import_torch import tiny_folder
@@ -67,7 +67,7 @@ def given(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         "test": root / "evaluated.py",
         "pororo": write_pororo(root / "pororo"),
         "checkpoint": tiny_checkpoint,
-        "encoders": write_untrained(load_recipe(CACHES).model, root / "encoders"),
+        "encoders": write_untrained(load_config(CACHES).model, root / "encoders"),
         "released": tiny_folder(root),
     }
 

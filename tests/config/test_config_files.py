@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from contextualstory_jax.config.config_files import load_recipe, train_config
+from contextualstory_jax.config.config_files import load_config, train_config
 from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.data.loader import TOKENIZER_DIR, training_source
 from contextualstory_jax.models.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ SHAPES = Path(__file__).parents[2] / "configs" / "shapes.py"
 
 
 def test_the_embedded_recipe_fits_its_tokenizer_and_its_sentences():
-    recipe = load_recipe(SHAPES)
+    recipe = load_config(SHAPES)
     text_encoder = recipe.model.text_encoder
     source = training_source(recipe.data, recipe.model.height)
     sentences = [sentence for i in range(400) for sentence in source[i].sentences]
@@ -34,7 +34,7 @@ def test_the_embedded_recipe_fits_its_tokenizer_and_its_sentences():
 
 
 def test_the_embedded_recipe_has_all_three_modules():
-    unet = load_recipe(SHAPES).model.unet
+    unet = load_config(SHAPES).model.unet
 
     assert unet.augment_temporal_attention
     assert unet.use_text_cross_attention == "FSText"
@@ -52,7 +52,7 @@ def test_overrides_are_python_values_or_words():
         "mesh.fsdp=1",  # a mapping that the recipe leaves out
     ]
 
-    recipe = load_recipe(SHAPES, overrides)
+    recipe = load_config(SHAPES, overrides)
 
     assert recipe.optimizer.learning_rate == 1e-4
     assert recipe.optimizer.schedule == "constant"
@@ -60,7 +60,7 @@ def test_overrides_are_python_values_or_words():
     assert recipe.trainable == ("unet.*",)
     assert recipe.model.unet.augment_temporal_attention is False
     assert recipe.snr_gamma is None
-    assert recipe.optimizer.warmup_steps == load_recipe(SHAPES).optimizer.warmup_steps
+    assert recipe.optimizer.warmup_steps == load_config(SHAPES).optimizer.warmup_steps
 
 
 def test_a_mapping_or_a_config_dict_is_a_recipe_and_stays_as_it_is():
@@ -93,7 +93,7 @@ def test_a_mapping_or_a_config_dict_is_a_recipe_and_stays_as_it_is():
 )
 def test_an_override_that_does_not_fit_is_named(override, message):
     with pytest.raises(UserError, match=message) as caught:
-        load_recipe(SHAPES, [override])
+        load_config(SHAPES, [override])
 
     assert "\n" not in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, source, message):
     (tmp_path / "recipe.py").write_text(source)
 
     with pytest.raises(UserError, match=message) as caught:
-        load_recipe(tmp_path / "recipe.py")
+        load_config(tmp_path / "recipe.py")
 
     assert "\n" not in str(caught.value)
 
@@ -123,7 +123,7 @@ def test_a_published_config_is_known_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "shapes").write_text("a file of that name is ./shapes")
     monkeypatch.chdir(tmp_path)
 
-    assert load_recipe("shapes") == load_recipe(SHAPES)
+    assert load_config("shapes") == load_config(SHAPES)
 
 
 def test_a_file_builds_on_one_beside_it_and_on_a_published_one(tmp_path):
@@ -136,11 +136,11 @@ def test_a_file_builds_on_one_beside_it_and_on_a_published_one(tmp_path):
             "def get_config():\n  config = published()\n  config.steps = STEPS\n  return config\n"
         )
 
-    published = load_recipe("pororo_continuation")
+    published = load_config("pororo_continuation")
     for name, steps in (("one", 1), ("two", 2)):
-        assert load_recipe(tmp_path / name / "mine.py") == replace(published, steps=steps)
+        assert load_config(tmp_path / name / "mine.py") == replace(published, steps=steps)
 
 
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(UserError, match="no config .*lost.py; .*pororo_visualization, shapes$"):
-        load_recipe(tmp_path / "lost.py")
+        load_config(tmp_path / "lost.py")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from contextualstory_jax import evaluate, generate, train
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.conversion import torch_names
 from contextualstory_jax.data.loader import TOKENIZER_DIR, training_source
@@ -25,7 +25,7 @@ from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.training import start_state
-from contextualstory_jax.training.train_step import Batch, make_train_step
+from contextualstory_jax.training.train_step import Batch, train_step
 from contextualstory_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def published_model(name) -> StoryModel:
-    return StoryModel(load_recipe(RECIPES[name]).model)
+    return StoryModel(load_config(RECIPES[name]).model)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
@@ -104,7 +104,7 @@ def test_names_and_shapes_are_the_released_checkpoint_s(name, published_model, p
 
 
 def test_the_model_is_drawn_with_and_trained_as_published(name):
-    recipe = load_recipe(RECIPES[name])
+    recipe = load_config(RECIPES[name])
 
     dataset, task = name.split("_")
     pororo = dataset == "pororo"
@@ -148,12 +148,12 @@ def test_the_model_is_drawn_with_and_trained_as_published(name):
 
 
 def test_a_recipe_is_read_from_any_working_directory(name, monkeypatch, tmp_path):
-    here = load_recipe(RECIPES[name])
+    here = load_config(RECIPES[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() != ROOT])
     path = list(sys.path)
 
-    there = load_recipe(RECIPES[name])
+    there = load_config(RECIPES[name])
 
     assert there == here
     assert sys.path == path
@@ -173,7 +173,7 @@ def test_a_dataset_without_its_folder_is_refused_before_anything_is_written(tmp_
 
 
 def test_the_embedded_stories_come_at_published_size():
-    recipe = load_recipe(RECIPES["pororo_visualization"], DRAWN)
+    recipe = load_config(RECIPES["pororo_visualization"], DRAWN)
 
     images = training_source(recipe.data, recipe.model.height)[0].images
 
@@ -184,18 +184,18 @@ def test_the_embedded_stories_come_at_published_size():
 @pytest.mark.heavy
 @pytest.mark.parametrize("recipe_name", ["pororo_visualization", "flintstones_continuation"])
 def test_a_training_step_at_published_size_fits_together(recipe_name):
-    recipe = load_recipe(RECIPES[recipe_name], DRAWN)
-    mesh = make_mesh(MeshConfig())
+    recipe = load_config(RECIPES[recipe_name], DRAWN)
     model = StoryModel(recipe.model, jnp.dtype(recipe.compute_dtype))
     null_ids = jnp.asarray(Tokenizer(TOKENIZER_DIR, 77)([""])[0])
-    state = start_state.abstract_state(model, recipe, Placement(mesh))
+    placement = Placement(make_mesh(MeshConfig(), jax.devices()[:1]))
+    state = start_state.abstract_state(model, recipe, placement)
     batch = Batch(
         images=jax.ShapeDtypeStruct((recipe.batch_size, 5, 256, 256, 3), np.uint8),
         ids=jax.ShapeDtypeStruct((recipe.batch_size, 5, 77), np.int32),
     )
 
     after, metrics = jax.eval_shape(
-        functools.partial(make_train_step(model, recipe, null_ids)), state, batch
+        functools.partial(train_step, model, recipe, placement, null_ids, None), state, batch
     )
 
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

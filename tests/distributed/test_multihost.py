@@ -97,12 +97,12 @@ def assert_close(ours: Path, theirs: Path) -> None:
 
 def stored(workdir: Path, step: int) -> list[np.ndarray]:
     """Every array of a checkpoint, in order of names."""
-    from contextualstory_jax.config.config_files import load_recipe
+    from contextualstory_jax.config.config_files import load_config
     from contextualstory_jax.distributed.sharding import Placement, make_mesh
     from contextualstory_jax.models.story_model import StoryModel
     from contextualstory_jax.training import start_state
 
-    config = load_recipe(RECIPE)
+    config = load_config(RECIPE)
     placement = Placement(make_mesh(config.mesh))
     abstract = start_state.abstract_state(StoryModel(config.model), config, placement)
     with Checkpoints(workdir) as checkpoints:

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from optax import ScaleByAdamState
 
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.mesh_config import MeshConfig, ShardingRule
 from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
@@ -135,7 +135,7 @@ def test_optimizer_and_average_lie_where_their_parameter_does():
 
 @pytest.mark.parametrize("name", ["pororo_visualization", "flintstones_continuation"])
 def test_each_of_eight_devices_keeps_an_eighth_of_the_published_state(name):
-    recipe = load_recipe(ROOT / "configs" / f"{name}.py")
+    recipe = load_config(ROOT / "configs" / f"{name}.py")
     model = StoryModel(recipe.model)
     placement = Placement(EIGHT)
 
@@ -153,12 +153,12 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from contextualstory_jax.training import trainer
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 
 recipe, out, overrides = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 
 def train(name, steps, *mesh):
-    config = load_recipe(recipe, [*overrides, f"steps={steps}", *mesh])
+    config = load_config(recipe, [*overrides, f"steps={steps}", *mesh])
     return trainer.train_and_evaluate(config, out / name)
 
 shards = {}
@@ -196,7 +196,7 @@ def metrics(workdir: Path) -> list[dict[str, float]]:
 @pytest.mark.heavy
 @pytest.mark.multiprocess
 def test_training_on_eight_devices_is_training_on_one(eight_devices, tmp_path):
-    train_and_evaluate(load_recipe(RECIPE, [*TWO_STEPS, "steps=2"]), tmp_path)
+    train_and_evaluate(load_config(RECIPE, [*TWO_STEPS, "steps=2"]), tmp_path)
 
     one = metrics(tmp_path)
     assert one[0]["loss"] != one[1]["loss"]

@@ -23,9 +23,9 @@ from contextualstory_jax.evaluate import main
 from contextualstory_jax.evaluation import results as gallery_module
 from contextualstory_jax.evaluation import results_html
 from contextualstory_jax.evaluation.results import SIDE, TEXT_HEIGHT, Gallery, figure
-from contextualstory_jax.evaluation.sample_split import draw_split, tell
+from contextualstory_jax.evaluation.sample_split import generate_split, story_of
 from contextualstory_jax.models.story_model import StoryModel
-from contextualstory_jax.sampling.pipeline import Drawing, StoryPipeline
+from contextualstory_jax.sampling.pipeline import Generated, StoryPipeline
 from contextualstory_jax.testing.published_folders import (
     write_flintstones,
     write_pororo,
@@ -182,7 +182,7 @@ class Painter(StoryPipeline):
         pictures = np.broadcast_to(
             np.array(colours, np.uint8)[..., None, None, None], (len(stories), 5, 16, 16, 3)
         )
-        return Drawing(pictures, np.zeros((len(stories), 5, 4, 4, 48), np.float32))
+        return Generated(pictures, np.zeros((len(stories), 5, 4, 4, 48), np.float32))
 
 
 SETTINGS = {
@@ -196,7 +196,7 @@ SETTINGS = {
     "metrics": [],
 }
 SOURCE = ShapesSource(0, "test", 16)
-STORIES = [tell(SOURCE, number) for number in range(5)]
+STORIES = [story_of(SOURCE, number) for number in range(5)]
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def painter(tiny_model_config):
 def paint(painter, folder, stories=STORIES, source=SOURCE, **settings):
     """Draw stories in twos, and return the gallery."""
     gallery = Gallery(folder, SETTINGS)
-    draw_split({"frame": painter}, source, stories, gallery, batch_size=2, **settings)
+    generate_split({"frame": painter}, source, stories, gallery, batch_size=2, **settings)
     return gallery
 
 
@@ -322,7 +322,7 @@ def test_no_more_than_three_batches_are_in_memory(painter, tmp_path):
             return super().__getitem__(index)
 
     source = Counting(0, "test", 16)
-    stories = [tell(SOURCE, number) for number in range(12)]
+    stories = [story_of(SOURCE, number) for number in range(12)]
     written, held = [], []
     draw = painter.draw
 
@@ -344,7 +344,7 @@ def test_a_picture_that_cannot_be_read_is_named(painter, tmp_path):
     source = open_stories(DataConfig(name="folder", root=str(root)), "test", 16)
 
     with pytest.raises(UserError, match=re.escape("test-2-1.png")):
-        paint(painter, tmp_path / "out", [tell(source, i) for i in range(3)], source)
+        paint(painter, tmp_path / "out", [story_of(source, i) for i in range(3)], source)
 
 
 # ---------------------------------------------------------------------------- pages and figures

@@ -191,7 +191,7 @@ def test_the_codec_is_counted_as_it_is_traced():
     model = StoryModel(config)
     frame, latents = array(1, 1, 16, 8, 3), array(1, 1, 8, 4, 4)
 
-    assert encoder_flops(config) == traced_flops(model.picture_moments, model.shapes, frame)
+    assert encoder_flops(config) == traced_flops(model.image_moments, model.shapes, frame)
     assert decoder_flops(config) == traced_flops(model.decode, model.shapes, latents)
     patches = ModelConfig(
         unet=UNetConfig(in_channels=12, out_channels=12), vae=SpaceToDepthConfig(patch=2)

@@ -24,7 +24,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from contextualstory_jax.analysis.ahead_of_time import Program, drawing, training
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.distributed.sharding import HEADS, make_mesh
 from contextualstory_jax.models import fused_attention as module
@@ -195,7 +195,7 @@ def test_every_pair_of_published_lengths_can_be_differentiated(lowered_for_cuda)
 @pytest.mark.parametrize("task", ["visualization", "continuation"])
 def test_programs_of_both_tasks_call_cudnn(cudnn, task):
     # From encoded batches: training of images would encode them before the same step.
-    config = load_recipe(f"configs/pororo_{task}.py", [*NARROW, "data.latents=cache"])
+    config = load_config(f"configs/pororo_{task}.py", [*NARROW, "data.latents=cache"])
     one = jax.devices()[:1]
 
     # Self- and cross-attention of four transformers, and the contextualizer's.
@@ -212,7 +212,7 @@ from jax.sharding import NamedSharding
 from contextualstory_jax.analysis.ahead_of_time import drawing, training
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.models import fused_attention
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.distributed.sharding import BATCH, HEADS, make_mesh
 from tests.helpers.narrow_config import NARROW
 from tests.models.test_fused_attention import all_calls, pretend_cudnn
@@ -236,7 +236,7 @@ found = {"differences": [difference(2), difference(3)]}
 pretend_cudnn(setattr)
 for name, axes in {"data": ["mesh.data=8"], "heads": ["mesh.data=4", "mesh.tensor=2"]}.items():
     changes = [*NARROW, "data.latents=cache", "batch_size=8", *axes]
-    config = load_recipe("configs/pororo_visualization.py", changes)
+    config = load_config("configs/pororo_visualization.py", changes)
     found[name] = [all_calls(f(config, jax.devices())) for f in (training, drawing)]
 print(json.dumps(found))
 """
@@ -262,7 +262,7 @@ def test_on_eight_devices_each_computes_its_part():
 
 @pytest.mark.heavy
 def test_a_training_step_of_the_published_layers_calls_cudnn(cudnn):
-    config = load_recipe("configs/pororo_visualization.py", [*NARROW, *DEEP])
+    config = load_config("configs/pororo_visualization.py", [*NARROW, *DEEP])
 
     found = all_calls(training(config, jax.devices()[:1]))
 

@@ -257,8 +257,8 @@ def test_branches_share_what_comes_before_the_text(changes):
     @functools.partial(jax.jit, static_argnums=1)
     def predict(params, repeats):
         unet = network.bind(params)
-        told = (timesteps, sample, first_frame)
-        times, x, frame = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), told)
+        story = (timesteps, sample, first_frame)
+        times, x, frame = jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0), story)
         shifts = unet.time_shifts(times, unet.storyflow(jnp.ones((1, FRAMES - 1))))
         return unet(x, shifts, unet.text_keys_values(text), frame)
 

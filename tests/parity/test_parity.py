@@ -50,7 +50,7 @@ from contextualstory_jax.testing.parity_cases import (
 )
 from contextualstory_jax.testing.released_folders import PREFIXES, write_folder
 from contextualstory_jax.training.train_step import (
-    Draws,
+    RandomInputs,
     TrainState,
     init_state,
     loss,
@@ -131,13 +131,13 @@ def check_train(path: Path, tmp_path: Path) -> None:
     tx = optimizer(config, steps)
 
     @jax.jit
-    def step(state, draws, text, null_text):
+    def step(state, sampled, text, null_text):
         state = dataclasses.replace(state, params=clamp(state.params))
         value, gradient = jax.value_and_grad(
-            lambda params: loss(model, params, draws, text, null_text, case.info["snr_gamma"])
+            lambda params: loss(model, params, sampled, text, null_text, case.info["snr_gamma"])
         )(state.params)
         state = update(state, gradient, tx, config.ema_decay)
-        return state, value, optax.global_norm(gradient), storyflow(draws.latents).mean(axis=0)
+        return state, value, optax.global_norm(gradient), storyflow(sampled.latents).mean(axis=0)
 
     state = init_state(initial, train)
     motions = []
@@ -146,14 +146,14 @@ def check_train(path: Path, tmp_path: Path) -> None:
             jnp.asarray(rearrange(arrays[n][i], "b c f h w -> b f h w c"))
             for n in ("latents", "noise")
         )
-        draws = Draws(
+        sampled = RandomInputs(
             latents, noise, arrays["timesteps"][i], arrays["is_null"][i], arrays["null_image"][i]
         )
-        noisy = add_noise(noise_schedule(scheduler), latents, noise, jnp.asarray(draws.timesteps))
+        noisy = add_noise(noise_schedule(scheduler), latents, noise, jnp.asarray(sampled.timesteps))
         noisy_theirs = rearrange(arrays["noisy_latents"][i], "b c f h w -> b f h w c")
         assert_close(np.asarray(noisy), noisy_theirs, MODULE_TOLERANCE)
         text = rearrange(arrays["text"][i], "(b f) l d -> b f l d", f=case.config.n_frames)
-        state, value, norm, motion = step(state, draws, text, arrays["null_text"][i][None])
+        state, value, norm, motion = step(state, sampled, text, arrays["null_text"][i][None])
         motions.append(np.asarray(motion))
         np.testing.assert_allclose(value, arrays["loss"][i], rtol=1e-5)
         np.testing.assert_allclose(norm, arrays["grad_norm"][i], rtol=1e-5)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.training.metric_writers import NoWriter
 from contextualstory_jax.training.progress import Progress, device_memory
 from contextualstory_jax.utils.errors import UserError
@@ -46,7 +46,7 @@ def test_utilisation_is_of_devices_whose_peak_is_known(monkeypatch, kind, peak):
     monkeypatch.setattr(jax, "local_devices", lambda: [device(kind)])
     monkeypatch.setattr(jax, "device_count", lambda: 8)
 
-    progress = Progress(load_recipe(RECIPE, ["compute_dtype=bfloat16"]), NoWriter(), 0)
+    progress = Progress(load_config(RECIPE, ["compute_dtype=bfloat16"]), NoWriter(), 0)
 
     assert progress._peak == (peak and 8 * peak)
 

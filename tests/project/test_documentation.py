@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from contextualstory_jax.__main__ import COMMANDS
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -66,7 +66,7 @@ def check_subcommand(module: str, arguments: Sequence[str]) -> None:
     values, overrides = parsed if isinstance(parsed, tuple) else (parsed, [])
     config = getattr(values, "config", None)
     if isinstance(config, str) and isinstance(overrides, list):
-        load_recipe(config, overrides)
+        load_config(config, overrides)
 
 
 def check_script(path: str, arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:

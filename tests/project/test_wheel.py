@@ -96,7 +96,7 @@ def test_an_sdist_builds_the_same_wheel_which_holds_the_configs(wheel, tmp_path)
 
 def test_published_configs_that_build_on_others_are_read(run):
     read = (
-        "from contextualstory_jax.config.config_files import load_recipe as r; "
+        "from contextualstory_jax.config.config_files import load_config as r; "
         "print(r('{}').data.name)"
     )
 

@@ -104,25 +104,25 @@ def test_output_comes_as_arrays_images_or_latents(pipeline):
     latents = pipeline(Story(SENTENCES), seed=1, output_type="latent")
 
     assert all(isinstance(image, Image.Image) for image in (*images, *batch[0]))
-    np.testing.assert_array_equal(np.stack(images), expected.pictures[0])
-    np.testing.assert_array_equal(np.stack(batch[0]), expected.pictures[0])
+    np.testing.assert_array_equal(np.stack(images), expected.images[0])
+    np.testing.assert_array_equal(np.stack(batch[0]), expected.images[0])
     np.testing.assert_array_equal(latents, expected.latents[0])
 
 
 def test_a_story_is_the_same_in_any_batch(pipeline):
     told: list[int] = []
-    alone = [pipeline.draw([story], seed=3).pictures[0] for story in STORIES]
+    alone = [pipeline.draw([story], seed=3).images[0] for story in STORIES]
 
     # The second batch is filled up; what fills it is left out.
     batch = pipeline.draw(STORIES, seed=3, batch_size=2, progress=told.append)
-    turned = pipeline.draw(STORIES[::-1], seed=3, batch_size=2).pictures[::-1]
+    turned = pipeline.draw(STORIES[::-1], seed=3, batch_size=2).images[::-1]
 
-    assert batch.pictures.shape == (3, 5, 16, 16, 3)
+    assert batch.images.shape == (3, 5, 16, 16, 3)
     assert batch.latents.shape == (3, 5, 4, 4, 48)
     assert told == [2, 1]
-    assert levels_apart(batch.pictures, np.stack(alone)) <= 1  # programs of two sizes round apart
-    assert levels_apart(batch.pictures, turned) <= 1
-    assert levels_apart(batch.pictures[0], batch.pictures[1]) > 20
+    assert levels_apart(batch.images, np.stack(alone)) <= 1  # programs of two sizes round apart
+    assert levels_apart(batch.images, turned) <= 1
+    assert levels_apart(batch.images[0], batch.images[1]) > 20
 
 
 def test_ten_numbers_of_steps_are_one_compilation(pipeline):
@@ -149,7 +149,7 @@ def test_a_callback_reads_every_step_and_changes_no_bit(pipeline):
     drawn = pipeline.draw(STORIES, sampling=four, batch_size=2, callback_on_step_end=read)
 
     np.testing.assert_array_equal(drawn.latents, plain.latents)
-    np.testing.assert_array_equal(drawn.pictures, plain.pictures)
+    np.testing.assert_array_equal(drawn.images, plain.images)
     pipes, steps, timesteps, latents = zip(*seen, strict=True)
     assert set(pipes) == {pipeline} and steps == (0, 1, 2, 3) * 2
     assert timesteps == (999, 749, 499, 249) * 2
@@ -171,7 +171,7 @@ def test_a_callback_replaces_latents_and_interrupts(pipeline):
     assert steps == [0, 1]
     np.testing.assert_array_equal(drawn.latents, np.ones((2, 5, 4, 4, 48)))  # of the first batch
     again = pipeline.draw(STORIES[:1])  # an interruption is of one request
-    np.testing.assert_array_equal(again.pictures, pipeline.draw(STORIES[:1]).pictures)
+    np.testing.assert_array_equal(again.images, pipeline.draw(STORIES[:1]).images)
 
 
 def test_latents_of_another_shape_are_refused(pipeline):
@@ -244,7 +244,7 @@ def test_initial_latents_take_the_place_of_the_noise(pipeline):
 
     given = pipeline.draw([STORIES[0]], seed=9, initial_latents=noise)
 
-    np.testing.assert_array_equal(given.pictures, pipeline.draw([STORIES[0]], seed=4).pictures)
+    np.testing.assert_array_equal(given.images, pipeline.draw([STORIES[0]], seed=4).images)
 
 
 def test_scales_and_values_are_arguments_of_one_program(pipeline):
@@ -275,7 +275,7 @@ def test_other_sizes_and_dtypes_are_drawn(tiny_checkpoint):
     drawing = pipeline.draw(STORIES[:1], size=(16, 32))
 
     assert {p.dtype for p in jax.tree.leaves(pipeline.params)} == {jnp.dtype("bfloat16")}
-    assert drawing.pictures.shape == (1, 5, 16, 32, 3)
+    assert drawing.images.shape == (1, 5, 16, 32, 3)
     assert np.isfinite(drawing.latents).all()
 
 
@@ -315,11 +315,11 @@ def test_frameinit_gives_the_noise_low_frequencies_of_the_first_frame(continuati
     way = make_frameinit(FrameInitConfig("ideal"), config.scheduler, plain.latents.shape[1:4])
     mixed = jax.jit(mix)(way, jnp.asarray(plain.latents[:, :1]), noise)
 
-    drawn = continuation.draw([story], frameinit=FrameInitConfig("ideal")).pictures
+    drawn = continuation.draw([story], frameinit=FrameInitConfig("ideal")).images
 
-    expected = continuation.draw([story], initial_latents=np.asarray(mixed)).pictures
+    expected = continuation.draw([story], initial_latents=np.asarray(mixed)).images
     assert levels_apart(drawn, expected) <= 1
-    assert levels_apart(drawn, plain.pictures) > 1
+    assert levels_apart(drawn, plain.images) > 1
     programs = continuation._programs.prepare._cache_size()
     continuation.draw([story], frameinit=FrameInitConfig("gaussian", level=500))
     assert continuation._programs.prepare._cache_size() == programs
@@ -342,7 +342,7 @@ def test_the_first_frames_posterior_follows_from_the_seed_and_the_id(tiny_model_
     pictures = jnp.broadcast_to(FIRST_FRAME, (3, 1, 16, 16, 3))
     keys = [story_key(seed, name) for seed, name in ((0, "a"), (0, "b"), (1, "a"))]
 
-    encode = jax.jit(model.encode_pictures)
+    encode = jax.jit(model.encode_images)
     latents, again = (
         np.asarray(encode(params, pictures, jnp.stack(order))) for order in (keys, keys[::-1])
     )

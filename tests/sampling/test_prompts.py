@@ -10,7 +10,7 @@ import pytest
 
 from contextualstory_jax.sampling.prompts import (
     StoryText,
-    fit_picture,
+    fit_image,
     folder_name,
     read_jsonl,
     read_txt,
@@ -110,14 +110,14 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_an_image_of_the_right_size_stays_as_it_is():
     picture = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
 
-    np.testing.assert_array_equal(fit_picture(picture, 16, 24), picture)
+    np.testing.assert_array_equal(fit_image(picture, 16, 24), picture)
 
 
 def test_a_picture_of_another_shape_is_cropped_in_the_middle():
     picture = np.zeros((32, 96, 3), np.uint8)
     picture[:, 32:64] = 200  # the middle third
 
-    cropped = fit_picture(picture, 16, 16)
+    cropped = fit_image(picture, 16, 16)
 
     # Resizing comes before cropping, so the outermost pixels see a little of what is cut away.
     np.testing.assert_array_equal(cropped[:, 1:-1], 200)

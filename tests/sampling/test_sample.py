@@ -30,8 +30,8 @@ class PlainModel(StoryModel):
     def time_shifts(self, params, timesteps, motion):
         return motion.mean() + timesteps
 
-    def encode_pictures(self, params, pictures, keys):
-        return pictures[:, :, ::4, ::4, :1].astype(jnp.float32)
+    def encode_images(self, params, images, keys):
+        return images[:, :, ::4, ::4, :1].astype(jnp.float32)
 
     def decode(self, params, latents):
         return latents.astype(jnp.uint8)

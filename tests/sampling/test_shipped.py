@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax import generate
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.data.loader import test_stories as held_out
 from contextualstory_jax.data.shapes_reader import read_frames
@@ -37,7 +37,7 @@ def pipeline() -> StoryPipeline:
 
 @pytest.fixture(scope="module")
 def recipe() -> TrainConfig:
-    return load_recipe(RECIPE)
+    return load_config(RECIPE)
 
 
 def measured(pipeline: StoryPipeline, recipe: TrainConfig, stories: int) -> dict:
@@ -78,7 +78,7 @@ def test_reaches_its_numbers_on_64_stories(pipeline, recipe):
 @pytest.mark.slow
 def test_other_seeds_draw_other_pictures(pipeline):
     first, again, other = (
-        pipeline.draw([Story(SENTENCES)], seed=seed).pictures for seed in (0, 0, 1)
+        pipeline.draw([Story(SENTENCES)], seed=seed).images for seed in (0, 0, 1)
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from contextualstory_jax.config.config_files import load_recipe
+from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.models.flops import unet_flops
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.utils.errors import UserError
@@ -138,7 +138,7 @@ def test_a_python_without_the_packages_is_told_in_a_line(tmp_path):
 
 def test_the_original_takes_turns(stand_in, tmp_path):
     original = Original(clone(tmp_path), stand_in, ["eager", "compile"])
-    model = StoryModel(load_recipe(RECIPE).model)
+    model = StoryModel(load_config(RECIPE).model)
     arrays = forward.inputs(model)
     machine = Machine(jax.devices()[0], "float32", rate=1e12, rounds=2, warm_ups=1)
 
@@ -177,7 +177,7 @@ def test_outputs_that_differ_end_with_status_1_and_no_number(part, what, stand_i
 
 
 def test_layers_with_seta_are_counted_as_the_project_counts():
-    config = load_recipe(ROOT / "configs" / "pororo_visualization.py").model
+    config = load_config(ROOT / "configs" / "pororo_visualization.py").model
     model = StoryModel(config)
 
     places = forward.seta_places(model)
@@ -188,7 +188,7 @@ def test_layers_with_seta_are_counted_as_the_project_counts():
 
 
 def test_weights_are_live_across_frames():
-    model = StoryModel(load_recipe(RECIPE).model)
+    model = StoryModel(load_config(RECIPE).model)
 
     params = forward.named_weights(model, ["unet"])
 

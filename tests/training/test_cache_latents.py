@@ -158,7 +158,7 @@ def test_the_storyflow_mean_is_the_same_without_a_cache_and_is_stored_where_draw
     recipe, cache, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(cache_module, "STORIES_AT_ONCE", 2)  # of three: the last batch is not full
-    monkeypatch.setattr(storyflow_mean, "load_recipe", lambda *_: recipe)
+    monkeypatch.setattr(storyflow_mean, "load_config", lambda *_: recipe)
     checkpoint = shutil.copytree(str(recipe.init_from), tmp_path / "checkpoint")
     before = StoryPipeline.load(checkpoint).storyflow
 
@@ -207,7 +207,7 @@ def test_a_cache_at_a_url_is_read_as_one_on_this_machine(
 
 @pytest.mark.slow
 def test_training_from_a_cache_is_training_without(recipe, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(trainer, "generate_samples", lambda *_: None)
 
     plain = train_and_evaluate(recipe, tmp_path / "plain")
     cached = train_and_evaluate(with_cache(recipe, cache), tmp_path / "cached")

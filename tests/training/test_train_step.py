@@ -14,33 +14,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
+from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.training.train_step import (
     Batch,
-    Draws,
+    RandomInputs,
     TrainState,
     ema_decay,
     encode,
     init_state,
     learning_rate,
     loss,
-    make_train_step,
     split_trainable,
+    train_step,
 )
 from contextualstory_jax.utils.errors import UserError
 
 NULL_IDS = jnp.array([0])
+ONE_DEVICE = Placement(make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 class LinearModel(StoryModel):
     """Predicts alpha * (noisy latents + first frame) + bias + text; latents are the pictures."""
 
-    def picture_moments(self, params, pictures):
-        latents = pictures.astype(jnp.float32) / 255
+    def image_moments(self, params, images):
+        latents = images.astype(jnp.float32) / 255
         return Moments(latents, jnp.full_like(latents, -jnp.inf))
 
     def encode_text(self, params, ids):
@@ -100,7 +103,7 @@ def stories(seed: int, count: int = 4) -> Batch:
 
 @functools.cache
 def compiled_step(model: StoryModel, recipe: TrainConfig) -> Callable:
-    return jax.jit(make_train_step(model, recipe, NULL_IDS))
+    return jax.jit(functools.partial(train_step, model, recipe, ONE_DEVICE, NULL_IDS, None))
 
 
 def train(
@@ -203,12 +206,9 @@ def test_a_step_on_encoded_stories_is_that_on_the_stories(model, recipe):
     batch, params = stories(0), jax.tree.map(jnp.asarray, parameters())
     encoded, null_text = encode(model, params, batch, NULL_IDS)
 
-    state, metrics = jax.jit(make_train_step(model, config, NULL_IDS))(
-        init_state(params, config), batch
-    )
-    ours, our_metrics = jax.jit(make_train_step(model, config, null_text))(
-        init_state(params, config), encoded
-    )
+    step = jax.jit(functools.partial(train_step, model, config, ONE_DEVICE, NULL_IDS))
+    state, metrics = step(None, init_state(params, config), batch)
+    ours, our_metrics = step(null_text, init_state(params, config), encoded)
 
     for a, b in zip(*map(jax.tree.leaves, ((ours, our_metrics), (state, metrics))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -271,54 +271,56 @@ class Recorder(LinearModel):
 
 
 @pytest.fixture
-def draws() -> Draws:
+def sampled() -> RandomInputs:
     """Two stories, of which the second loses text and first frame."""
     rng = np.random.default_rng(0)
     latents, noise = rng.normal(size=(2, 2, 5, 1, 1, 3)).astype(np.float32) * 2
     dropped = jnp.array([False, True])
-    return Draws(jnp.asarray(latents), jnp.asarray(noise), jnp.array([10, 700]), dropped, dropped)
+    return RandomInputs(
+        jnp.asarray(latents), jnp.asarray(noise), jnp.array([10, 700]), dropped, dropped
+    )
 
 
 TEXT, NULL_TEXT = jnp.full((2, 5, 1, 1), 0.3), jnp.full((1, 1, 1, 1), 7.0)
 
 
-def test_the_null_text_bypasses_the_contextualizer(tiny_model_config, draws):
+def test_the_null_text_bypasses_the_contextualizer(tiny_model_config, sampled):
     model = Recorder(tiny_model_config)
 
-    loss(model, parameters(), draws, TEXT, NULL_TEXT, None)
+    loss(model, parameters(), sampled, TEXT, NULL_TEXT, None)
 
     np.testing.assert_allclose(model.storyline[:, 0, 0, 0], [3.0, 7.0], rtol=1e-6)
 
 
-def test_storyflow_is_truncated_in_training(tiny_model_config, draws):
+def test_storyflow_is_truncated_in_training(tiny_model_config, sampled):
     model = Recorder(tiny_model_config)
 
-    loss(model, parameters(), draws, TEXT, NULL_TEXT, None)
+    loss(model, parameters(), sampled, TEXT, NULL_TEXT, None)
 
-    flows = np.sqrt((np.diff(draws.latents, axis=1) ** 2).sum(axis=(2, 3, 4)))
+    flows = np.sqrt((np.diff(sampled.latents, axis=1) ** 2).sum(axis=(2, 3, 4)))
     assert (flows % 1 > 0).all()  # else there is nothing to see
     np.testing.assert_array_equal(model.motion, np.floor(flows))
 
 
 def test_in_continuation_the_first_frame_is_given_clean_or_noisy_and_not_predicted(
-    tiny_model_config, draws
+    tiny_model_config, sampled
 ):
     unet = dataclasses.replace(tiny_model_config.unet, first_frame_condition_mode="conv2d")
     model = Recorder(dataclasses.replace(tiny_model_config, unet=unet))
 
-    loss(model, parameters(), draws, TEXT, NULL_TEXT, None)
+    loss(model, parameters(), sampled, TEXT, NULL_TEXT, None)
 
     schedule = noise_schedule(tiny_model_config.scheduler)
-    noisy = add_noise(schedule, draws.latents, draws.noise, draws.timesteps)
+    noisy = add_noise(schedule, sampled.latents, sampled.noise, sampled.timesteps)
     np.testing.assert_array_equal(model.noisy, noisy[:, 1:])
-    np.testing.assert_array_equal(model.first_frame[0], draws.latents[0, 0])
+    np.testing.assert_array_equal(model.first_frame[0], sampled.latents[0, 0])
     np.testing.assert_array_equal(model.first_frame[1], noisy[1, 0])
 
 
-def test_in_visualization_no_frame_is_given(tiny_model_config, draws):
+def test_in_visualization_no_frame_is_given(tiny_model_config, sampled):
     model = Recorder(tiny_model_config)
 
-    loss(model, parameters(), draws, TEXT, NULL_TEXT, None)
+    loss(model, parameters(), sampled, TEXT, NULL_TEXT, None)
 
     assert model.first_frame is None
     assert model.noisy.shape[1] == 5

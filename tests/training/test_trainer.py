@@ -37,23 +37,23 @@ def recipe(tiny_train_config: TrainConfig) -> TrainConfig:
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once() -> Iterator[None]:
     """One program for all runs that differ only in the loop: tracing takes longer than they do."""
-    compile_step, programs = trainer.compile_step, {}
+    make_train_step, programs = trainer.make_train_step, {}
 
-    def compile_new(model: StoryModel, config: TrainConfig, *arguments: Any) -> trainer.Step:
+    def make_new(model: StoryModel, config: TrainConfig, *arguments: Any) -> trainer.Step:
         loop = {"log_every": 1, "checkpoint_every": 1, "sample_every": 1, "max_minutes": None}
         key = dataclasses.replace(config, **loop)
         if key not in programs:
-            programs[key] = compile_step(model, config, *arguments)
+            programs[key] = make_train_step(model, config, *arguments)
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "compile_step", compile_new)
+        patch.setattr(trainer, "make_train_step", make_new)
         yield
 
 
 @pytest.fixture
 def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(trainer, "generate_samples", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +197,10 @@ def test_a_run_that_is_done_stays_as_it_is(whole, recipe):
 
 def make_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[dict], dict]) -> None:
     """Change the metrics of one step."""
-    compile_step = trainer.compile_step
+    make_train_step = trainer.make_train_step
 
-    def compile_changed(*arguments: Any) -> trainer.Step:
-        step = compile_step(*arguments)
+    def make_changed(*arguments: Any) -> trainer.Step:
+        step = make_train_step(*arguments)
 
         def changed(state: TrainState, batch: Any) -> tuple[TrainState, dict]:
             state, values = step(state, batch)
@@ -208,7 +208,7 @@ def make_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[di
 
         return changed
 
-    monkeypatch.setattr(trainer, "compile_step", compile_changed)
+    monkeypatch.setattr(trainer, "make_train_step", make_changed)
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ def test_every_trained_parameter_has_a_gradient(recipe, tiny_model_config):
         init_state(params, recipe),
         jax.tree.map(lambda s: s.sharding, start_state.abstract_state(model, recipe, placement)),
     )
-    step = trainer.compile_step(model, recipe, placement, state, tokenizer)
+    step = trainer.make_train_step(model, recipe, placement, state, tokenizer([""])[0])
 
     state, _ = step(state, next(trainer.device_batches(recipe, placement.mesh, tokenizer, 0)))
 

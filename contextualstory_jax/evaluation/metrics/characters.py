@@ -70,12 +70,12 @@ class CharacterMetrics:
         counts = np.stack(list(self._counts.values()))
         stories = len(counts)
         # How often each story is sampled, in each resample of as many stories as there are.
-        drawn = np.random.default_rng(0).multinomial(
+        sampled = np.random.default_rng(0).multinomial(
             stories, np.full(stories, 1 / stories), size=RESAMPLES
         )
         total = counts.sum(axis=0)
         values = _metrics(total)
-        resampled = _metrics(np.einsum("rb,bsn->rsn", drawn, counts))
+        resampled = _metrics(np.einsum("rb,bsn->rsn", sampled, counts))
         tail = (1 - CONFIDENCE) / 2
         report: dict[str, dict[str, Any]] = {}
         for s, subset in enumerate(SUBSETS):
