@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow heavy cuda jax lint types clean
+.PHONY: help venv demo test slow heavy cuda jax lint types docs clean
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # The first of these that is there, runs and is supported; another: make PYTHON=/path/to/python
@@ -48,8 +48,12 @@ lint: .venv/installed-dev ## check style, formatting, spelling, shell scripts an
 types: .venv/installed-dev ## check types
 	$(VENV) -m pyright
 
-clean: ## remove .venv, demo/ and caches
-	rm -rf .venv demo .pytest_cache .ruff_cache
+docs: .venv/installed-docs ## build the documentation's pages in docs/_build/html
+	$(VENV) -m sphinx --fresh-env --nitpicky --fail-on-warning --keep-going --quiet \
+		--doctree-dir docs/_build/doctrees docs docs/_build/html
+
+clean: ## remove .venv, demo/, built documentation and caches
+	rm -rf .venv demo docs/_build .pytest_cache .ruff_cache
 
 .venv/bin/python:
 	@"$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null || { \

@@ -1,5 +1,7 @@
 """Checkpoint folders: what a run leaves, what generation loads.
 
+::
+
     FOLDER/model.json        the ModelConfig, and where the weights come from
     FOLDER/tokenizer/        CLIP tokenizer files
     FOLDER/checkpoints/STEP/ orbax, one sub-folder an item:

@@ -1,5 +1,7 @@
 """The released folder layout: which files it has, and their JSON <-> our config dataclasses.
 
+::
+
     FOLDER/model_index.json            the pipeline's parts and their classes
     FOLDER/unet/, vae/, text_encoder/  config.json and weights
     FOLDER/unet_ema/                   in a training checkpoint: the averaged UNet

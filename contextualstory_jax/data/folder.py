@@ -1,5 +1,7 @@
 """Stories of your own: a folder with a `stories.jsonl`, one story per line, and images.
 
+::
+
     {"id": "picnic", "sentences": ["Mia packs a basket.", ...five], "frames": ["1.png", ...five],
      "characters": [["mia"], ...five], "scene": "meadow", "split": "train"}
 

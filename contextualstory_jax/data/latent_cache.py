@@ -1,5 +1,7 @@
 """Reader of a latent cache: VAE moments and text encoder features of a training split, on disk.
 
+::
+
     FOLDER/moments-00000-of-00002.array_record   one record per image: mean, then log of variance
     FOLDER/text-00000-of-00002.array_record      one record per sentence: its features
     FOLDER/pictures.npy                          number of images in each file of the dataset

@@ -1,6 +1,7 @@
 """Classifier-free guidance: predictions of a story with less and more of its condition, made one.
 
-Branches, in order:
+Branches, in order::
+
     none  [text]
     text  [null text, text]
     both  [null text and a first frame of noise, null text and the given first frame, text and the

@@ -1,5 +1,7 @@
 """A folder of generated stories beside their originals, in which work can stop and resume.
 
+::
+
     OUT/settings.json                settings that decide the frames
     OUT/stories/00012-STORY/         one a story, its number in the split first:
         frame_0.png ... frame_4.png            as generated

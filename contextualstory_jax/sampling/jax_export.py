@@ -1,5 +1,7 @@
 """The generation program as a file that JAX alone can run, without this package.
 
+::
+
     Path("story.jaxexport").write_bytes(export_generation(pipeline))
     weights, request = generation_arrays(pipeline, sentences, seed=0)
     images, latents = jax.export.deserialize(Path(...).read_bytes()).call(weights, request)
