@@ -82,8 +82,7 @@ def main(
         state = trainer.train_and_evaluate(config, arguments.workdir)
     except trainer.NonFiniteLoss as error:
         sys.exit(f"error: {error}")
-    ended = int(state.step) >= config.steps or config.max_minutes is not None
-    if ended and not interruption.requested():
+    if int(state.step) >= config.steps and not interruption.requested():
         say(results(arguments.workdir, int(state.step), arguments.config, overrides))
 
 

@@ -112,6 +112,12 @@ def test_overrides_reach_the_trainer(trained, tmp_path):
     assert workdir == tmp_path
 
 
+def test_a_run_that_stopped_early_names_no_next_commands(trained, tmp_path, capsys):
+    train.main(["--config", SHAPES, "--workdir", str(tmp_path), "--config.max_minutes=5"])
+
+    assert len(trained) == 1 and "next:" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "config", [{"steps": 3}, ConfigDict({"steps": 3}), TrainConfig(steps=3)], ids=type
 )

@@ -31,7 +31,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from contextualstory_jax.checkpoints.manager import Checkpoints, latest_step
-from contextualstory_jax.config.build import build
+from contextualstory_jax.config.build import as_json, build
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.distributed.multihost import by_first
 from contextualstory_jax.utils.errors import UserError, require
@@ -62,7 +62,7 @@ def write_model(
     Raises:
         UserError: where the folder cannot be written or belongs to another model.
     """
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    values = as_json(dataclasses.asdict(config))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "model.json").exists():

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from contextualstory_jax.distributed.multihost import is_first
 from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.interruption import removing
 
@@ -69,7 +70,7 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Checkpoints:
-        if self._saves and jax.process_index() == 0:
+        if self._saves and is_first():
             unfinished = "*.orbax-checkpoint-tmp*"
             self._cleaning.enter_context(removing(self.folder / "checkpoints", unfinished))
         return self

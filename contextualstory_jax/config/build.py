@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import numbers
 import re
@@ -80,6 +81,11 @@ def dotted(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
             dotted(value, f"{where}{key}.") if isinstance(value, Mapping) else {where + key: value}
         )
     return flat
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON reads them back: tuples are lists."""
+    return json.loads(json.dumps(values))
 
 
 def check_range(

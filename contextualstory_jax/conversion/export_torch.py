@@ -19,7 +19,6 @@ from contextualstory_jax.conversion.import_torch import (
     copy_json,
     count,
     parameter_shapes,
-    progress,
     staged,
     target_dtype,
 )
@@ -33,6 +32,7 @@ from contextualstory_jax.conversion.torch_names import (
 )
 from contextualstory_jax.utils.errors import require
 from contextualstory_jax.utils.interruption import check
+from contextualstory_jax.utils.progress import bytes_bar
 
 
 def export_released(
@@ -66,7 +66,7 @@ def export_released(
     tensors = {part: held(stored, part) for part in shapes}
     size = sum(tensor.nbytes for found in tensors.values() for tensor in found.values())
     parts = {}
-    with staged(output, size) as folder, progress(size, output) as bar:
+    with staged(output, size) as folder, bytes_bar(size, output.name) as bar:
         for name, values in diffusers_format.json_files(config, stored.meta["storyflow"]).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from contextualstory_jax.checkpoints.layout import write_model
 from contextualstory_jax.config.model_config import ModelConfig
@@ -35,6 +34,7 @@ from contextualstory_jax.conversion.torch_names import ADDED, DEAD, Match, from_
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.interruption import removing
+from contextualstory_jax.utils.progress import bytes_bar
 
 Dtype = Literal["keep", "float32", "bfloat16"]
 
@@ -92,7 +92,7 @@ def import_released(
     with staged(output, size) as folder, ThreadPoolExecutor(1) as hashing:
         # Beside the tensors' own reading, so that what the system still holds is not read again.
         digests = {file: hashing.submit(sha256, file) for file in read.files}
-        with progress(size, output) as bar:
+        with bytes_bar(size, output.name) as bar:
             stream_weights(folder, items, meta, bar.update)
         refuse(source, not_finite)
         copy_json(read.json, folder / "released")
@@ -281,11 +281,6 @@ def describe(summary: Mapping[str, Any]) -> str:
         lines.append(f"absent: {summary['absent']} tensors, which training initialises")
     lines += [f"sha256 {digest}  {file}" for file, digest in summary.get("sha256", {}).items()]
     return "\n".join(lines)
-
-
-def progress(size: int, output: Path) -> tqdm:
-    """A bar over bytes."""
-    return tqdm(total=size, unit="B", unit_scale=True, desc=output.name, delay=0.5)
 
 
 def sha256(file: Path) -> str:

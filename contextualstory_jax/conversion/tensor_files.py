@@ -1,7 +1,9 @@
 """Files of PyTorch tensors: safetensors, read and written one tensor at a time, and pickles.
 
 A safetensors header is checked before any value is read, so that a model of many gigabytes is
-refused, or planned, at once. Only this file imports PyTorch, for pickles alone.
+refused, or planned, at once. The library `safetensors` reads it. Values it maps into memory, where
+they stay until the file is closed, and to write it takes all of them at once; both are done here,
+one tensor at a time. Only this file imports PyTorch, for pickles alone.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from contextualstory_jax.utils.errors import UserError, require
 
@@ -36,7 +39,6 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,52 +123,33 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise ValueError("it ends before its header does")
-            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
-        header.pop("__metadata__", None)
-        tensors, position = {}, 8 + length
-        ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        for key, entry in ordered:
-            tensor = _tensor(path, entry, position)
-            if [position - 8 - length, position - 8 - length + tensor.nbytes] != entry[
-                "data_offsets"
-            ]:
-                raise ValueError(f"the offsets of {key} do not fit its shape")
-            tensors[key], position = tensor, position + tensor.nbytes
-        if position != size:
-            raise ValueError(f"it has {size} bytes, its header speaks of {position}")
+        with safe_open(path, "np") as file:
+            entries = {key: file.get_slice(key) for key in file.offset_keys()}
+            kinds = {key: (e.get_dtype(), tuple(e.get_shape())) for key, e in entries.items()}
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; copy it again") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error) if type(error) is ValueError else "its header is damaged"
+        raise UserError(
+            f"{path} cannot be read: {error.strerror or error}; copy it again"
+        ) from error
+    except SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
         raise UserError(f"{path} is no intact safetensors file: {reason}; copy it again") from error
+    for key, (dtype, _) in kinds.items():
+        require(
+            dtype in DTYPES,
+            f"{path}: {key} is of dtype {dtype}; convert it to one of {', '.join(DTYPES)}",
+        )
+    # The library has checked that they lie one after the other, up to the end of the file.
+    tensors = {}
+    position = size - sum(math.prod(shape) * DTYPES[d].itemsize for d, shape in kinds.values())
+    for key, (name, shape) in kinds.items():
+        dtype = DTYPES[name]
+        read = functools.partial(_read_values, path, position, shape, dtype)
+        tensors[key] = Tensor(shape, dtype, read, (str(path), position))
+        position += tensors[key].nbytes
     return tensors
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in unique:
-            raise ValueError(f"{key} is in it twice")
-        unique[key] = value
-    return unique
-
-
-def _tensor(path: Path, entry: Mapping[str, Any], position: int) -> Tensor:
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is none of {', '.join(DTYPES)}")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if not all(type(extent) is int and extent >= 0 for extent in shape):
-        raise TypeError("a shape consists of natural numbers")
-    read = functools.partial(_read_values, path, position, shape, dtype)
-    return Tensor(shape, dtype, read, (str(path), position))
-
-
 def _read_values(path: Path, position: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    # Not mapped: pages of a mapped file stay in memory with all that was read before.
     values = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
     try:
         with path.open("rb") as file:

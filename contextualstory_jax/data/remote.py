@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from tqdm import tqdm
 
 from contextualstory_jax.data.story_source import check_inside
 from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.interruption import removing
+from contextualstory_jax.utils.progress import bytes_bar
 
 AT_ONCE = 8  # files
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -96,13 +96,10 @@ def _copy(
         f"the copy of {root} in {folder} needs {needed / 1e9:.1f} GB more, and its disk has "
         f"{free / 1e9:.1f} GB left; {ROOM}",
     )
-    bar = tqdm(total=needed, desc=root, unit="B", unit_scale=True, dynamic_ncols=True)
-
-    class Progress(fsspec.Callback):
-        def relative_update(self, inc: int = 1) -> None:
-            bar.update(inc)
-
-    callback: Any = Progress()  # fsspec's own annotation admits its default alone
+    bar = bytes_bar(needed, root)
+    # Not fsspec's TqdmCallback, whose total is that of the file opened last.
+    callback: Any = fsspec.Callback()
+    callback.relative_update = bar.update
 
     def fetch(name: str) -> None:
         info, path = files[name], folder / name

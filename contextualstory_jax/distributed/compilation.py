@@ -7,6 +7,7 @@ from collections.abc import Hashable
 
 import jax
 
+from contextualstory_jax.distributed.multihost import is_first
 from contextualstory_jax.utils.files import user_cache
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class GenerationLog:
 
     def before(self, program: Hashable) -> None:
         """Log a batch's program, unless one of the same key was logged before."""
-        if jax.process_index() > 0 or program in self._compiled:
+        if not is_first() or program in self._compiled:
             return
         if not self._compiled:
             devices = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"

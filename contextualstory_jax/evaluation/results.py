@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from contextualstory_jax.config.build import as_json, dotted
 from contextualstory_jax.data.example import FRAMES, Example
 from contextualstory_jax.sampling.output import save_frames
 from contextualstory_jax.utils.atomic import atomic_path, write_json
@@ -65,7 +66,7 @@ class Gallery:
         path = self.folder / "settings.json"
         if not path.exists():
             return
-        theirs, ours = _flat(_read(path)), _flat(json.loads(json.dumps(self.settings)))
+        theirs, ours = dotted(_read(path)), dotted(as_json(self.settings))
         for key in [key for key in (ours | theirs) if key not in FREE]:
             require(
                 theirs.get(key) == ours.get(key),
@@ -207,15 +208,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys."""
-    flat = {}
-    for key, value in values.items():
-        inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
 
 
 def _size(path: Path) -> int | None:

@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.data.story_source import StorySource
+from contextualstory_jax.distributed.multihost import is_first
 from contextualstory_jax.evaluation.compare import outcomes
 from contextualstory_jax.evaluation.metrics.characters import CharacterMetrics
 from contextualstory_jax.evaluation.results import Gallery, SplitStory
@@ -84,7 +85,7 @@ def generate_split(
             examples = [future.result() for future in reading]
             reading = read(following)
             generated = [_generate(model, examples, seed, batch_size) for model in models.values()]
-            if not writing and jax.process_index() == 0:
+            if not writing and is_first():
                 gallery.write_settings()
             _finish(writing, progress)
             for story, example, *images in zip(batch, examples, *generated, strict=True):

@@ -39,7 +39,7 @@ from contextualstory_jax.checkpoints.layout import (
     weights_digest,
     write_text,
 )
-from contextualstory_jax.config.build import dotted
+from contextualstory_jax.config.build import as_json, dotted
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.conversion.torch_names import ADDED
@@ -57,7 +57,7 @@ from contextualstory_jax.data.loader import story_notes, training_source
 from contextualstory_jax.data.preparation import candidates
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.story_source import StorySource
-from contextualstory_jax.distributed.multihost import say
+from contextualstory_jax.distributed.multihost import is_first, say
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def require_same_weights(cache: LatentCache, params: Parts) -> None:
 
 def settings(config: TrainConfig) -> dict[str, Any]:
     """The values of a config that decide what a cache of it holds, by their dotted keys."""
-    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    values = as_json(dataclasses.asdict(config))
     chosen = {
         "data": ("name", "split_policy", "captions"),
         "model": ("height", "width", "vae", "text_encoder"),
@@ -175,14 +175,14 @@ def cache_latents(config: TrainConfig, checkpoint: Path, out: Path) -> LatentCac
         }
         # Others' are zero here.
         counts = process_allgather(counts).sum(axis=0)
-        if jax.process_index() == 0:
+        if is_first():
             np.save(work / PICTURES, counts)
         sync_global_devices("moments and text are written")
         stories = EncodedStories(source, LatentCache(work, about))
         about["storyflow"] = encoder.storyflow_mean(
             len(stories), lambda some: stories.moments([(n, 0) for n in some]), config.seed
         )
-        if jax.process_index() == 0:
+        if is_first():
             write_text(work / ABOUT, json.dumps(about, indent=2))
     return LatentCache.open(out)
 
@@ -238,7 +238,7 @@ class Encoder:
         """Features (l, d) of each sentence."""
 
         def ids() -> Iterator[np.ndarray]:
-            for sentence in tqdm(sentences, unit="sentence", disable=jax.process_index() > 0):
+            for sentence in tqdm(sentences, unit="sentence", disable=not is_first()):
                 yield self.tokenizer([sentence])[0]
 
         return self._each(self._text, ids(), SENTENCES_AT_ONCE)
@@ -263,7 +263,7 @@ class Encoder:
 
         part, size = _share(count), STORIES_AT_ONCE * self.mesh.size
         total = np.zeros(self.model.config.unet.n_frames - 1)
-        bar = tqdm(total=len(part), unit="story", disable=jax.process_index() > 0)
+        bar = tqdm(total=len(part), unit="story", disable=not is_first())
         for first in range(part.start, part.stop, size):
             some = range(first, min(first + size, part.stop))
             padding = [(0, size - len(some))] + [(0, 0)] * 4
@@ -329,7 +329,7 @@ def _pictures(
         return [fit_square(picture, source.size) for picture in read(paths[number])]
 
     dataset = grain.MapDataset.source(list(part)).map(squares).to_iter_dataset(READ_AHEAD)
-    bar = tqdm(dataset, total=len(part), unit="file", disable=jax.process_index() > 0)
+    bar = tqdm(dataset, total=len(part), unit="file", disable=not is_first())
     for number, pictures in zip(part, bar, strict=True):
         counts[number] = len(pictures)
         yield from pictures
@@ -376,7 +376,7 @@ def _writing(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _shared_folder(out: Path) -> Iterator[Path]:
     """Give all processes one empty folder to write in, which then is given the name `out`."""
-    work, first = out.with_name(f".{out.name}.partial"), jax.process_index() == 0
+    work, first = out.with_name(f".{out.name}.partial"), is_first()
     try:
         with interruption.removing(work) if first else contextlib.nullcontext():
             if first:

@@ -337,18 +337,18 @@ def loop(
                     run.generate_samples(state)
             if last:
                 break
-    if stopped:
-        report_stop(int(state.step), run.checkpoints)
+    if stopped or int(state.step) < config.steps:
+        report_stop(int(state.step), run.checkpoints, "SIGTERM" if stopped else "max_minutes")
     return state
 
 
-def report_stop(step: int, checkpoints: Checkpoints) -> None:
-    """Print where a run stopped before its end."""
+def report_stop(step: int, checkpoints: Checkpoints, reason: str) -> None:
+    """Print where and why a run stopped before its end, and how to resume it."""
+    stop = f"{reason}: stopped after step {step}"
     if interruption.requested():
         checkpoints.wait()
-        say(f"interrupted, checkpoint {step} saved")
-    else:
-        say(f"SIGTERM: stopped after step {step}; the same command resumes from there")
+        stop = f"interrupted, checkpoint {step} saved"
+    say(f"{stop}; the same command resumes from there")
 
 
 def require_finite(steps: list[tuple[int, dict[str, jax.Array]]], last_good: int | None) -> None:

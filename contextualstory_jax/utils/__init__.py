@@ -1,4 +1,4 @@
-"""Errors, command line, atomic writes and Ctrl-C handling, independent of stories.
+"""Errors, command line, atomic writes, progress bar and Ctrl-C handling, independent of stories.
 
 Imports no other folder of the package.
 """

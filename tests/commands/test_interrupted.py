@@ -197,7 +197,7 @@ def test_training_finishes_its_step_and_saves(given, tmp_path, log):
     ctrl_c(process)
 
     printed = ended(process, log)
-    (saved,) = re.findall(r"interrupted, checkpoint (\d+) saved\n", printed)
+    (saved,) = re.findall(r"interrupted, checkpoint (\d+) saved; the same", printed)
     assert STOPPING in printed
     assert 20 <= int(saved) < 150 and latest_step(workdir) == int(saved)
     assert partial(workdir) == []

@@ -179,11 +179,12 @@ def test_logged_means_are_of_the_same_steps_after_a_restart(
 
 
 @pytest.mark.slow
-def test_a_run_out_of_time_is_saved_and_goes_on(whole, recipe, tmp_path, no_samples):
+def test_a_run_out_of_time_is_saved_and_goes_on(whole, recipe, tmp_path, no_samples, capsys):
     hurried = dataclasses.replace(recipe, max_minutes=1e-9)
 
     assert int(train_and_evaluate(hurried, tmp_path).step) == 1
     assert (tmp_path / "checkpoints" / "1").is_dir()
+    assert "max_minutes: stopped after step 1; the same command resumes" in capsys.readouterr().out
     assert_same(train_and_evaluate(recipe, tmp_path), whole[0])
 
 
