@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.distributed.sharding import make_mesh
 from contextualstory_jax.utils.errors import UserError
+from tests.helpers.devices import environment
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "helpers" / "tiny_config.py"
@@ -198,7 +198,7 @@ def eight_devices() -> dict:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(RECIPE)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=environment(devices=8),
         stdout=subprocess.PIPE,
         check=True,
         timeout=600,

@@ -27,6 +27,7 @@ from contextualstory_jax.distributed.multihost import (
     require_agreement,
 )
 from contextualstory_jax.utils.errors import UserError
+from tests.helpers.devices import environment
 from tests.utils.test_interruption import INTERRUPTIBLE
 
 ROOT = Path(__file__).parents[2]
@@ -58,10 +59,7 @@ def start(
             subprocess.Popen(
                 [*INTERRUPTIBLE, *command, *options],
                 cwd=ROOT,
-                env={
-                    **os.environ,
-                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                },
+                env=environment(devices),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

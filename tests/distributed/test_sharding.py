@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.training import start_state
 from contextualstory_jax.training.trainer import train_and_evaluate
 from contextualstory_jax.utils.errors import UserError
+from tests.helpers.devices import environment
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "tests" / "helpers" / "tiny_config.py"
@@ -182,7 +182,7 @@ def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [sys.executable, "-c", PROGRAM, str(RECIPE), str(out), *TWO_STEPS],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=environment(devices=8),
         check=True,
         timeout=600,
     )

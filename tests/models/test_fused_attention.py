@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from contextualstory_jax.models.fused_attention import (
     fused_attention,
     suits_cudnn,
 )
+from tests.helpers.devices import environment
 from tests.helpers.narrow_config import DEEP, NARROW
 
 ROOT = Path(__file__).parents[2]
@@ -244,11 +244,10 @@ print(json.dumps(found))
 
 @pytest.mark.multiprocess
 def test_on_eight_devices_each_computes_its_part():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT,
-        env={**os.environ, **flags},
+        env=environment(devices=8),
         stdout=subprocess.PIPE,
         check=True,
         timeout=600,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from contextualstory_jax.diffusion.noise import story_key
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.sampling.camera_motion import film
 from scripts.benchmarks.drawing import CompilationCount
+from tests.helpers.devices import environment
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
 STORIES = [
@@ -361,11 +361,9 @@ assert pipeline.mesh.size == 2
 sentences = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
 np.save(sys.argv[2], pipeline([Story(sentences, id) for id in "xyz"], seed=3))
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-
     subprocess.run(
         [sys.executable, "-c", script, tiny_checkpoint, tmp_path / "drawn.npy"],
-        env=environment,
+        env=environment(devices=2),
         check=True,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
 import socket
@@ -40,6 +39,7 @@ from contextualstory_jax.training.train_step import encode
 from contextualstory_jax.training.trainer import train_and_evaluate
 from contextualstory_jax.utils.errors import UserError
 from tests.conftest import write_untrained
+from tests.helpers.devices import environment
 
 ROOT = Path(__file__).parents[2]
 VAE = {"kind": "kl", "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
@@ -416,14 +416,13 @@ def test_several_devices_and_processes_make_the_same_cache(
     recipe, cache, tmp_path, free_port, processes, devices
 ):
     (tmp_path / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe)))
-    flags = f"--xla_force_host_platform_device_count={devices}"
     arguments = [str(processes), free_port, str(tmp_path / "recipe.json"), str(tmp_path / "out")]
 
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(number), *arguments],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": flags},
+            env=environment(devices),
         )
         for number in range(processes)
     ]
