@@ -34,7 +34,7 @@ from contextualstory_jax.utils.errors import require  # noqa: E402
 
 PARTS = {
     "cpu": ("unet", "seta", "training"),
-    "gpu": ("unet", "seta", "drawing", "training", "requests", "start"),
+    "gpu": ("unet", "seta", "generation", "training", "requests", "start"),
     "tpu-aot": ("sampler", "training"),
 }
 VARIANTS = ("eager", "compile", "strongest")  # of the original

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import scripts.benchmarks.absent_tpu  # noqa: F401, I001 - before JAX
 
-from contextualstory_jax.analysis.ahead_of_time import absent_devices, drawing, report, training
+from contextualstory_jax.analysis.ahead_of_time import absent_devices, generation, report, training
 from contextualstory_jax.utils.cli import ArgumentParser, run
 from contextualstory_jax.config.config_files import load_config
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = absent_devices(arguments.topology)
     if arguments.sampler:
         given = any(override.startswith("batch_size=") for override in overrides)
-        program = drawing(config, devices, config.batch_size if given else None)
+        program = generation(config, devices, config.batch_size if given else None)
         about = {"program": "sampler"}
     else:
         program = training(config, devices)

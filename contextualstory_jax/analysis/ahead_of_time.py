@@ -26,7 +26,12 @@ from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.samplers import State, make_sampler, padded
 from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
-from contextualstory_jax.models.flops import DEVICES, drawing_flops, peak_flops, training_step_flops
+from contextualstory_jax.models.flops import (
+    DEVICES,
+    generation_flops,
+    peak_flops,
+    training_step_flops,
+)
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.sampling.sample import Inputs, Scales, generation_programs
@@ -194,7 +199,7 @@ def training(config: TrainConfig, devices: Sequence[Any]) -> Program:
     return Program({"step": Part(step.trace(state, batch))}, mesh, config.compute_dtype, b, flops)
 
 
-def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = None) -> Program:
+def generation(config: TrainConfig, devices: Sequence[Any], stories: int | None = None) -> Program:
     """The generation of a batch with a config's model and sampling options, in bfloat16.
 
     Args:
@@ -249,7 +254,7 @@ def drawing(config: TrainConfig, devices: Sequence[Any], stories: int | None = N
     denoise = programs.steps.trace(branches, params, given, sampler, state, number, number)
     decode = programs.decode.trace(params, given.clean_first, latents)
     parts = {"prepare": Part(prepare), "steps": Part(denoise, steps), "decode": Part(decode)}
-    useful = b * drawing_flops(about, steps, branches).total()
+    useful = b * generation_flops(about, steps, branches).total()
     return Program(parts, mesh, "bfloat16", b, useful)
 
 

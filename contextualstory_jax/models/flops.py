@@ -278,7 +278,7 @@ def training_step_flops(config: TrainConfig) -> Counter[str]:
     return Counter({part: passes(part) * flops for part, flops in forward.items()})
 
 
-def drawing_flops(config: ModelConfig, steps: int, branches: int) -> Counter[str]:
+def generation_flops(config: ModelConfig, steps: int, branches: int) -> Counter[str]:
     """One story from its sentences to its images.
 
     The null text is not counted: it is the same for all stories.

@@ -225,7 +225,7 @@ def compare_pipeline(path: Path, pipeline: StoryPipeline) -> Iterator[Comparison
     )
 
     embeddings = np.asarray(text[0], np.float32)
-    yield Comparison(embeddings, arrays["text_embeddings"], MODULE_TOLERANCE, "text tower")
+    yield Comparison(embeddings, arrays["text_embeddings"], MODULE_TOLERANCE, "text encoder")
     yield Comparison(generated.latents, final, LATENTS_TOLERANCE, "latents")
     ours, theirs = generated.images.astype(np.float32), pictures.astype(np.float32)
     yield Comparison(ours, theirs, PICTURES_TOLERANCE, "pictures")

@@ -146,7 +146,7 @@ def decode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
 
 # In the order of a story's way: a row's name, the array that the module adds, and the module.
 MODULES: tuple[tuple[str, str, Module], ...] = (
-    ("text tower", "text", lambda m, p, x: m.encode_text(p, x["ids"])),
+    ("text encoder", "text", lambda m, p, x: m.encode_text(p, x["ids"])),
     ("Storyline Contextualizer", "storyline", lambda m, p, x: m.contextualize(p, x["text"])),
     ("StoryFlow Adapter", "storyflow", storyflow),
     ("VAE encoder", "latents", encode),

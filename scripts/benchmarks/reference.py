@@ -157,9 +157,9 @@ class Original:
                 program = self.unet_program(compile_(network))
             elif name == "seta":
                 program = self.seta_program([(p, network.get_submodule(p)) for p in rest], compile_)
-            elif name == "drawing":
+            elif name == "generation":
                 motion = self.inputs["motion"]
-                program = self.whole.drawing_program(compile_(network), int(rest[0]), motion)
+                program = self.whole.generation_program(compile_(network), int(rest[0]), motion)
             else:
                 program = self.whole.training_program(network, int(rest[0]))
             self.programs[what, variant] = program

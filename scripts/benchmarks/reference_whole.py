@@ -50,7 +50,7 @@ class Whole:
         """Token ids; which they are does not matter to the time."""
         return torch.arange(self.words).repeat(sentences, 1) % 200
 
-    def drawing_program(self, unet: Any, stories: int, motion: torch.Tensor) -> Program:
+    def generation_program(self, unet: Any, stories: int, motion: torch.Tensor) -> Program:
         """Its pipeline, from token ids to images on the host."""
         about = self.config
         sampling = about["sampling"]

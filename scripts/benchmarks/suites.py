@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.models.story_model import Parts, StoryModel
-from scripts.benchmarks import drawing, forward, training
+from scripts.benchmarks import forward, generation, training
 from scripts.benchmarks.measuring import Machine, Row
 from scripts.benchmarks.original import Original
 
@@ -33,9 +33,9 @@ def lines(
     whole = machine.dtype == "bfloat16"  # on a CPU only UNet weights are made, to save memory
     params = forward.named_weights(model, list(model.networks) if whole else ["unet"])
     yield from forward_lines(machine, model, params, parts, original)
-    if "drawing" in parts or "requests" in parts:
-        pipeline = drawing.make_pipeline(model, params)
-        if "drawing" in parts:
+    if "generation" in parts or "requests" in parts:
+        pipeline = generation.make_pipeline(model, params)
+        if "generation" in parts:
             for batch_size in BATCH_SIZES:
                 few = (
                     {}
@@ -44,9 +44,9 @@ def lines(
                 )
                 # The original as one story at a time, and many, are enough.
                 other = original if batch_size in (BATCH_SIZES[0], BATCH_SIZES[-1]) else None
-                yield from drawing.rows(machine._replace(**few), pipeline, batch_size, other)
+                yield from generation.rows(machine._replace(**few), pipeline, batch_size, other)
         if "requests" in parts:
-            yield from drawing.mixed_requests(pipeline)
+            yield from generation.mixed_requests(pipeline)
         del pipeline
     if "training" in parts:
         yield from training_lines(machine, config, params if whole else None, original)
@@ -54,7 +54,7 @@ def lines(
     if original:
         yield original.peak_memory()
     if "start" in parts:
-        yield from drawing.cold_start(model, params)
+        yield from generation.cold_start(model, params)
 
 
 def forward_lines(
@@ -71,7 +71,7 @@ def forward_lines(
         forward.load_original(original, model.config, arrays, machine.dtype)
     chosen, unet = [], None
     # With the original also where it is not timed: both must generate with and train one network.
-    if "unet" in parts or (original and {"drawing", "training"} & set(parts)):
+    if "unet" in parts or (original and {"generation", "training"} & set(parts)):
         unet = forward.unet_forward(model, placed, arrays)
         chosen.append(unet)
     if "seta" in parts:

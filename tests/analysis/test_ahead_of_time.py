@@ -16,7 +16,7 @@ from contextualstory_jax.analysis.ahead_of_time import (
     Part,
     Program,
     absent_devices,
-    drawing,
+    generation,
     needed_memory,
     total_use,
     training,
@@ -59,7 +59,7 @@ def test_what_a_refused_program_needs_is_in_the_message(message, expected):
     assert needed_memory(RuntimeError(message)) == expected
 
 
-@pytest.mark.parametrize("compile_", [training, drawing])
+@pytest.mark.parametrize("compile_", [training, generation])
 def test_a_mesh_that_is_not_of_the_devices_is_refused(compile_):
     config = load_config(RECIPE, ["mesh.data=1", "mesh.fsdp=3"])
 
@@ -161,11 +161,11 @@ def test_ways_of_seta_are_asked_of_a_compiler_for_a_slice_there_is():
     assert done.stderr.count("\n") == 1
 
 
-# What the step and drawing move between eight devices; and what of the parameters is split.
+# What the step and generation move between eight devices; and what of the parameters is split.
 PROGRAM = """
 import json, math, sys
 import jax
-from contextualstory_jax.analysis.ahead_of_time import drawing, total_use, training
+from contextualstory_jax.analysis.ahead_of_time import generation, total_use, training
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.distributed.sharding import Placement
@@ -177,7 +177,7 @@ found = {"parameters": sum(p.size for p in jax.tree.leaves(shapes))}
 found["pictures"] = 8 * config.model.unet.n_frames * config.model.height * config.model.width * 3
 for name, axes in {"data": ["mesh.data=8"], "fsdp": ["mesh.data=1", "mesh.fsdp=8"]}.items():
     config = load_config(sys.argv[1], ["batch_size=8", "model.sampling.steps=50", *axes])
-    step, sampler = training(config, jax.devices()), drawing(config, jax.devices())
+    step, sampler = training(config, jax.devices()), generation(config, jax.devices())
     found["operations"] = {
         part: [padded_flops(traced.jaxpr), padded_flops(traced.jaxpr, steps)]
         for part, (traced, steps) in sampler.parts.items()

@@ -1,4 +1,4 @@
-"""The picture and text towers against diffusers and transformers, on random small configs.
+"""The VAE and text encoder against diffusers and transformers, on random small configs.
 
 `tests/models/test_tokenizer.py` holds ids against CLIP's own procedure, without PyTorch.
 """
@@ -108,7 +108,7 @@ def test_decode_is_diffusers(seed):
 
 
 def random_text_tower(seed: int, **fixed):
-    """A config, our text tower, transformers' with the same weights, and a generator."""
+    """A config, our text encoder, transformers' with the same weights, and a generator."""
     rng = np.random.default_rng(seed)
     heads = int(rng.integers(1, 5))
     values = {

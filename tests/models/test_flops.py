@@ -24,8 +24,8 @@ from contextualstory_jax.config.train_config import DataConfig, TrainConfig
 from contextualstory_jax.models.flops import (
     DEVICES,
     decoder_flops,
-    drawing_flops,
     encoder_flops,
+    generation_flops,
     peak_flops,
     storyline_flops,
     text_tower_flops,
@@ -276,7 +276,7 @@ def test_the_published_model():
     assert text_tower_flops(PUBLISHED) / 1e9 == pytest.approx(45.1, abs=0.05)
     assert encoder_flops(PUBLISHED) / 1e9 == pytest.approx(272.7, abs=0.05)
     assert decoder_flops(PUBLISHED) / 1e9 == pytest.approx(622.2, abs=0.05)
-    assert drawing_flops(PUBLISHED, 50, 2).total() / 1e12 == pytest.approx(136.6, abs=0.05)
+    assert generation_flops(PUBLISHED, 50, 2).total() / 1e12 == pytest.approx(136.6, abs=0.05)
 
 
 def test_a_training_step_of_the_published_model():
@@ -320,8 +320,8 @@ def test_continuation_adds_the_first_frame():
     added = unet_flops(continuation).total() - unet_flops(PUBLISHED).total()
 
     assert added == keys + convolutions
-    drawing = drawing_flops(continuation, 1, 1).total() - drawing_flops(PUBLISHED, 1, 1).total()
-    assert drawing == added + encoder_flops(PUBLISHED)
+    more = generation_flops(continuation, 1, 1).total() - generation_flops(PUBLISHED, 1, 1).total()
+    assert more == added + encoder_flops(PUBLISHED)
 
 
 def test_changes_move_the_count_as_by_hand():

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from contextualstory_jax.analysis.ahead_of_time import Program, drawing, training
+from contextualstory_jax.analysis.ahead_of_time import Program, generation, training
 from contextualstory_jax.config.config_files import load_config
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.distributed.sharding import HEADS, make_mesh
@@ -200,7 +200,7 @@ def test_programs_of_both_tasks_call_cudnn(cudnn, task):
 
     # Self- and cross-attention of four transformers, and the contextualizer's.
     assert all_calls(training(config, one)) == {FORWARD: 9, BACKWARD: 9}
-    assert all_calls(drawing(config, one)) == {FORWARD: 9}
+    assert all_calls(generation(config, one)) == {FORWARD: 9}
 
 
 # On 4 x 2 of 8 devices: how far values and gradients of attention split over them are from those of
@@ -209,7 +209,7 @@ PROGRAM = """
 import functools, json
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding
-from contextualstory_jax.analysis.ahead_of_time import drawing, training
+from contextualstory_jax.analysis.ahead_of_time import generation, training
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.models import fused_attention
 from contextualstory_jax.config.config_files import load_config
@@ -237,7 +237,7 @@ pretend_cudnn(setattr)
 for name, axes in {"data": ["mesh.data=8"], "heads": ["mesh.data=4", "mesh.tensor=2"]}.items():
     changes = [*NARROW, "data.latents=cache", "batch_size=8", *axes]
     config = load_config("configs/pororo_visualization.py", changes)
-    found[name] = [all_calls(f(config, jax.devices())) for f in (training, drawing)]
+    found[name] = [all_calls(f(config, jax.devices())) for f in (training, generation)]
 print(json.dumps(found))
 """
 

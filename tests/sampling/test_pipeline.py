@@ -20,7 +20,7 @@ from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
 from contextualstory_jax.diffusion.noise import story_key
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.sampling.camera_motion import film
-from scripts.benchmarks.drawing import CompilationCount
+from scripts.benchmarks.generation import CompilationCount
 from tests.helpers.devices import environment
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
@@ -272,11 +272,11 @@ def test_a_guidance_scale_up_to_1_asks_for_none(pipeline):
 def test_other_sizes_and_dtypes_are_drawn(tiny_checkpoint):
     pipeline = StoryPipeline.load(tiny_checkpoint, dtype="bfloat16")
 
-    drawing = pipeline.draw(STORIES[:1], size=(16, 32))
+    generated = pipeline.draw(STORIES[:1], size=(16, 32))
 
     assert {p.dtype for p in jax.tree.leaves(pipeline.params)} == {jnp.dtype("bfloat16")}
-    assert drawing.images.shape == (1, 5, 16, 32, 3)
-    assert np.isfinite(drawing.latents).all()
+    assert generated.images.shape == (1, 5, 16, 32, 3)
+    assert np.isfinite(generated.latents).all()
 
 
 def test_continuation_goes_on_from_its_first_frame(continuation):

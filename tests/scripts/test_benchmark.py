@@ -18,7 +18,7 @@ from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.utils.errors import UserError
 from scripts import benchmark_checkpoint
 from scripts.benchmarks import forward, tpu
-from scripts.benchmarks.drawing import CompilationCount
+from scripts.benchmarks.generation import CompilationCount
 from scripts.benchmarks.measuring import COLUMNS, Machine, Row
 from scripts.benchmarks.original import Original
 

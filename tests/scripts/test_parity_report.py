@@ -87,7 +87,7 @@ def test_the_tables_hold_every_case_and_every_module(
     float32, bfloat16, tolerance = map(float, rows["storyline"])
     assert 0 < float32 <= tolerance == 1e-5
     assert 1e-4 < bfloat16 < 0.1
-    modules = ["text tower", "Storyline Contextualizer", "StoryFlow Adapter", "UNet"]
+    modules = ["text encoder", "Storyline Contextualizer", "StoryFlow Adapter", "UNet"]
     for module in modules:
         float32, bfloat16 = map(float, rows[module])
         assert float32 <= 1e-6  # on a CPU it is what is compared with

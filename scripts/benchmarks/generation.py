@@ -22,7 +22,7 @@ from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, story
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.samplers import make_sampler
-from contextualstory_jax.models.flops import drawing_flops
+from contextualstory_jax.models.flops import generation_flops
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
@@ -51,7 +51,7 @@ def rows(
 ) -> Iterator[Row]:
     """Generation of `batch_size` stories at once: compilation, time, rate and memory."""
     config, sampling = pipeline.model.config, pipeline.model.config.sampling
-    chosen, what = stories(config, batch_size), f"drawing, batch {batch_size}"
+    chosen, what = stories(config, batch_size), f"generation, batch {batch_size}"
 
     def draw() -> float:
         began = time.perf_counter()
@@ -65,8 +65,8 @@ def rows(
         again = draw()
     branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
     steps = len(make_sampler(config.scheduler, sampling).timesteps)
-    flops = batch_size * drawing_flops(config, steps, branches).total()
-    contenders = {"": draw, **(original.tasks(f"drawing {batch_size}") if original else {})}
+    flops = batch_size * generation_flops(config, steps, branches).total()
+    contenders = {"": draw, **(original.tasks(f"generation {batch_size}") if original else {})}
     times, *theirs = machine.times(f"{what}, {steps} steps", contenders, flops)
     yield Row(f"{what}: compile", [first - times.median])
     if batch_size == 1:
