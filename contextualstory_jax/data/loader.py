@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Int32, Integer, UInt8
+from jaxtyping import Integer
 
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
@@ -29,10 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOKENIZER_DIR",
-    "EvaluationBatch",
     "WaitMeter",
     "batches",
-    "evaluation_batches",
     "held_out_source",
     "open_stories",
     "process_rows",
@@ -223,44 +220,6 @@ def process_rows(sharding: Sharding, batch_size: int) -> list[int]:
     """The rows of a batch, sharded along its first axis, that this process's devices hold."""
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in indices if index for row in range(batch_size)[index[0]]})
-
-
-class EvaluationBatch(NamedTuple):
-    """Some stories, in arrays padded to the batch size by repeating the last story."""
-
-    stories: list[Example]  # without the padding
-    images: UInt8[np.ndarray, "b 5 h w 3"]
-    ids: Int32[np.ndarray, "b 5 l"]
-    mask: Bool[np.ndarray, "b"]  # False for padding
-
-
-def evaluation_batches(
-    source: Source,
-    tokenize: Tokenize,
-    batch_size: int,
-    *,
-    first: int = 0,
-    count: int | None = None,
-    rows: Sequence[int] | None = None,
-) -> Iterator[EvaluationBatch]:
-    """Batches of `count` stories (by default all) from number `first`, once and in order.
-
-    Every process has equally many batches, of `rows` of each (by default all); a process may find
-    no story in its rows of the last one.
-    """
-    chosen = tuple(range(batch_size) if rows is None else rows)
-    end = len(source) if count is None else min(first + count, len(source))
-
-    def load(number: int) -> EvaluationBatch:
-        wanted = [first + number * batch_size + row for row in chosen]
-        stories = [source[i] for i in wanted if i < end]
-        padded = stories or [source[end - 1]]
-        padded = padded + padded[-1:] * (len(chosen) - len(padded))
-        mask = np.array([i < end for i in wanted])
-        return EvaluationBatch(stories, mask=mask, **_arrays(padded, tokenize))
-
-    dataset = grain.MapDataset.range(math.ceil((end - first) / batch_size)).map(load)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 class WaitMeter(Generic[T]):

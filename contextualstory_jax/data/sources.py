@@ -9,7 +9,6 @@ from contextualstory_jax.data.flintstones import FlintstonesSource
 from contextualstory_jax.data.folder import FolderSource
 from contextualstory_jax.data.pororo import Captions, PororoSource
 from contextualstory_jax.data.story_source import Policy, StorySource
-from contextualstory_jax.utils.errors import UserError
 
 
 def open_source(
@@ -34,16 +33,3 @@ def open_source(
             return FlintstonesSource(root, split, size, policy=policy, seed=seed)
         case "folder":
             return FolderSource(root, split, size, policy=policy, test_fraction=test_fraction)
-
-
-def require_unique(source: StorySource) -> None:
-    """Raise `UserError` where two stories have one id, and so would share the names of files."""
-    places: dict[str, str] = {}
-    for index in range(len(source)):
-        record = source.story(index)
-        if record.story_id in places:
-            raise UserError(
-                f"two stories share the id {record.story_id}: {places[record.story_id]!r} and "
-                f"{record.source_id!r}; give each an id of its own"
-            )
-        places[record.story_id] = record.source_id
