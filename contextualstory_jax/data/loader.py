@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import grain
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Integer
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.folder import FolderSource
+from contextualstory_jax.data.latent_cache import EncodedStories
 from contextualstory_jax.data.prepared import PreparedSource, is_prepared, require_settings
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOKENIZER_DIR",
+    "Splits",
+    "TokenizedStories",
     "WaitMeter",
     "batches",
+    "first_stories",
     "held_out_source",
+    "open_splits",
     "open_stories",
     "process_rows",
-    "read_batches",
     "story_notes",
     "test_stories",
     "training_source",
@@ -42,7 +46,6 @@ __all__ = [
 T = TypeVar("T")
 Source = StorySource | ShapesSource | Sequence[Example]
 Tokenize = Callable[[Sequence[str]], np.ndarray]
-Read = Callable[[Sequence[tuple[int, int]]], dict[str, np.ndarray]]
 
 
 def open_stories(config: DataConfig, split: str, size: int) -> StorySource | ShapesSource:
@@ -64,16 +67,20 @@ def open_stories(config: DataConfig, split: str, size: int) -> StorySource | Sha
         source = PreparedSource(root, split, size, seed=config.seed)
         require_settings(source, config)
         return source
-    return open_source(
-        config.name,
-        root,
-        split,
-        size,
-        policy=config.split_policy,
-        captions=config.captions,
-        test_fraction=config.test_fraction,
-        seed=config.seed,
-    )
+    return open_source(config, root, split, size)
+
+
+class Splits(NamedTuple):
+    """The stories of a run: those it trains on, and those that it samples and validates on."""
+
+    train: StorySource | ShapesSource
+    held_out: StorySource | ShapesSource  # the test split or, where it has no stories, `train`
+
+
+def open_splits(config: DataConfig, size: int) -> Splits:
+    """Open each split once; raises as `open_stories` does."""
+    train = training_source(config, size)
+    return Splits(train, held_out_source(config, size, train))
 
 
 def training_source(config: DataConfig, size: int) -> StorySource | ShapesSource:
@@ -81,21 +88,27 @@ def training_source(config: DataConfig, size: int) -> StorySource | ShapesSource
     return open_stories(config, "train", size)
 
 
-def held_out_source(config: DataConfig, size: int) -> StorySource | ShapesSource:
-    """The test split or, where it has no stories, the training split.
+def held_out_source(
+    config: DataConfig, size: int, train: StorySource | ShapesSource | None = None
+) -> StorySource | ShapesSource:
+    """The test split or, where it has no stories, the training split, opened if need be.
 
     Raises as `open_stories` does.
     """
     try:
         return open_stories(config, "test", size)
     except EmptySplit:
-        return training_source(config, size)
+        return training_source(config, size) if train is None else train
+
+
+def first_stories(source: StorySource | ShapesSource, count: int) -> list[Example]:
+    """The first stories of a source, `count` where it has as many."""
+    return [source[i] for i in range(min(count, len(source)))]
 
 
 def test_stories(config: DataConfig, size: int, count: int) -> list[Example]:
     """The first stories of `held_out_source`, `count` where it has as many; raises as it does."""
-    source = held_out_source(config, size)
-    return [source[i] for i in range(min(count, len(source)))]
+    return first_stories(held_out_source(config, size), count)
 
 
 def story_notes(
@@ -121,9 +134,32 @@ def story_notes(
     return notes
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizedStories:
+    """The stories of a source, as images and token ids."""
+
+    source: Source
+    tokenize: Tokenize
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, places: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """A batch of (index, epoch): `images`, uint8 (b, 5, h, w, 3), `ids`, int32 (b, 5, l)."""
+        examples = [
+            self.source.example(index, epoch)
+            if isinstance(self.source, StorySource)
+            else self.source[index]
+            for index, epoch in places
+        ]
+        return {
+            "images": np.stack([example.images for example in examples]),
+            "ids": np.stack([self.tokenize(example.sentences) for example in examples]),
+        }
+
+
 def batches(
-    source: Source,
-    tokenize: Tokenize,
+    stories: TokenizedStories | EncodedStories,
     batch_size: int,
     seed: int,
     first_step: int = 0,
@@ -131,40 +167,21 @@ def batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of `images`, uint8 (b, 5, h, w, 3), and `ids`, int32 (b, 5, l).
-
-    In the order of `read_batches`, where the arguments are explained.
-    """
-    read = _ReadPictures(source, tokenize)
-    return read_batches(read, len(source), batch_size, seed, first_step, rows=rows, workers=workers)
-
-
-def read_batches(
-    read: Read,
-    count: int,
-    batch_size: int,
-    seed: int,
-    first_step: int = 0,
-    *,
-    rows: Sequence[int] | None = None,
-    workers: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of `count` stories in random order, reshuffled each epoch, from `first_step`.
+    """Endless batches of stories in random order, reshuffled each epoch, from `first_step`.
 
     Batch s is the same whatever step the iterator started at, so that resuming needs no iterator
     state, and whatever the number of processes.
 
     Args:
-        read: Makes arrays of (index, epoch) pairs, one per row.
-        count: Number of stories.
+        stories: Stories to read, by their `read`.
         batch_size: Stories per batch.
         seed: Seed of the order.
         first_step: Step of the first batch.
         rows: Rows of each batch to read, by default all; those of one host are `process_rows`.
-        workers: Processes that read (0: a thread of this one), to which `read` is pickled.
+        workers: Processes that read (0: a thread of this one), to which `stories` are pickled.
     """
-    of_step = _ReadStep(read, count, tuple(range(batch_size) if rows is None else rows))
-    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
+    of_step = _ReadStep(stories, tuple(range(batch_size) if rows is None else rows))
+    order = grain.MapDataset.range(len(stories)).seed(seed).shuffle().repeat(None)
     steps = order.batch(batch_size, drop_remainder=True).map_with_index(of_step)[first_step:]
     # One thread: rendering and tokenising are Python, and the accelerator has the other cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1 if workers else 4)
@@ -185,35 +202,13 @@ def read_batches(
 class _ReadStep:
     """Some rows of the batch of a step."""
 
-    read: Read
-    count: int
+    stories: TokenizedStories | EncodedStories
     rows: tuple[int, ...]
 
     def __call__(self, step: int, numbers: Integer[np.ndarray, "n"]) -> dict[str, np.ndarray]:
         first = step * len(numbers)
-        return self.read([(int(numbers[row]), (first + row) // self.count) for row in self.rows])
-
-
-@dataclasses.dataclass(frozen=True)
-class _ReadPictures:
-    source: Source
-    tokenize: Tokenize
-
-    def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-        examples = [
-            self.source.example(index, epoch)
-            if isinstance(self.source, StorySource)
-            else self.source[index]
-            for index, epoch in places
-        ]
-        return _arrays(examples, self.tokenize)
-
-
-def _arrays(examples: Sequence[Example], tokenize: Tokenize) -> dict[str, np.ndarray]:
-    return {
-        "images": np.stack([example.images for example in examples]),
-        "ids": np.stack([tokenize(example.sentences) for example in examples]),
-    }
+        count = len(self.stories)
+        return self.stories.read([(int(numbers[row]), (first + row) // count) for row in self.rows])
 
 
 def process_rows(sharding: Sharding, batch_size: int) -> list[int]:

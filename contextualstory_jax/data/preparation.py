@@ -166,21 +166,11 @@ def _settings(config: DataConfig, test_fraction: float | None, size: int) -> dic
 
 def open_splits(config: DataConfig, size: int) -> dict[str, StorySource]:
     """Each split of a published dataset that has stories. Raises `UserError` as sources do."""
-    assert config.name != "shapes"
     opened: dict[str, StorySource] = {}
     empty: list[EmptySplit] = []
     for split in SPLITS:
         try:
-            opened[split] = open_source(
-                config.name,
-                Path(config.root or ""),
-                split,
-                size,
-                policy=config.split_policy,
-                captions=config.captions,
-                test_fraction=config.test_fraction,
-                seed=config.seed,
-            )
+            opened[split] = open_source(config, Path(config.root or ""), split, size)
         except EmptySplit as error:
             empty.append(error)
     if not opened:

@@ -43,6 +43,7 @@ from contextualstory_jax.config.build import as_json, dotted
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.conversion.torch_names import ADDED
+from contextualstory_jax.data.candidates import candidates
 from contextualstory_jax.data.example import FRAMES
 from contextualstory_jax.data.images import fit_square
 from contextualstory_jax.data.latent_cache import (
@@ -54,8 +55,8 @@ from contextualstory_jax.data.latent_cache import (
     tabulate,
 )
 from contextualstory_jax.data.loader import story_notes, training_source
-from contextualstory_jax.data.preparation import candidates
 from contextualstory_jax.data.remote import local_copy
+from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.data.story_source import StorySource
 from contextualstory_jax.distributed.multihost import is_first, say
 from contextualstory_jax.models.story_model import Parts, StoryModel
@@ -77,8 +78,10 @@ MEND = "train with what it was made with, or make it again"
 # ----------------------------------------------------------------------------- training from one
 
 
-def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
-    """The training split of a config, read from the cache that it names.
+def open_latents(
+    config: TrainConfig, tokenizer: Tokenizer, source: StorySource | ShapesSource
+) -> EncodedStories:
+    """The training split `source` of a config, read from the cache that it names.
 
     Raises `UserError` where the cache is damaged, cannot be copied from its URL, or was made by
     another config or of other stories, and where the config trains what the cache was made with.
@@ -102,7 +105,7 @@ def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
         cache.about["tokenizer"] == _files_digest(tokenizer.folder),
         f"the latent cache {cache.folder} was made with another tokenizer; {MEND}",
     )
-    return EncodedStories(stories_on_disk(config), cache)
+    return EncodedStories(require_on_disk(source), cache)
 
 
 def require_same_weights(cache: LatentCache, params: Parts) -> None:
@@ -128,10 +131,14 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 def stories_on_disk(config: TrainConfig) -> StorySource:
     """The training split of a config. Raises `UserError` for stories that never run out."""
-    source = training_source(config.data, config.model.height)
-    if not isinstance(source, StorySource):
+    return require_on_disk(training_source(config.data, config.model.height))
+
+
+def require_on_disk(source: StorySource | ShapesSource) -> StorySource:
+    """The source itself. Raises `UserError` for stories that never run out."""
+    if isinstance(source, ShapesSource):
         raise UserError(
-            f"data.name = {config.data.name!r} never runs out of stories, so that no pass over "
+            "data.name = 'shapes' never runs out of stories, so that no pass over "
             "all of them ends; name a dataset on disk"
         )
     return source

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import FrameLabels
 from contextualstory_jax.data.folder import FolderSource
 from contextualstory_jax.data.sources import open_source
@@ -75,7 +76,7 @@ def test_pictures_of_any_shape_are_cut_to_squares(tmp_path):
 def test_a_written_folder_has_its_counts(tmp_path):
     write_story_folder(tmp_path, counts={"train": 2, "test": 1})
     for split, count in {"train": 2, "test": 1}.items():
-        source = open_source("folder", tmp_path, split, 16)
+        source = open_source(DataConfig(name="folder"), tmp_path, split, 16)
         assert len(source) == count and list(problems(source, len)) == []
 
 

@@ -18,6 +18,7 @@ import pytest
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.loader import (
+    TokenizedStories,
     WaitMeter,
     batches,
     open_stories,
@@ -56,8 +57,9 @@ def source(config) -> StorySource:
     return opened
 
 
-def take(count: int, *arguments, **options) -> list[dict[str, np.ndarray]]:
-    return list(itertools.islice(batches(*arguments, **options), count))
+def take(count: int, source, tokenize, *order, **options) -> list[dict[str, np.ndarray]]:
+    stories = TokenizedStories(source, tokenize)
+    return list(itertools.islice(batches(stories, *order, **options), count))
 
 
 def assert_same(some: list[dict[str, np.ndarray]], others: list[dict[str, np.ndarray]]) -> None:
@@ -147,14 +149,14 @@ WORKERS = """
 import itertools, sys
 import numpy as np
 from contextualstory_jax.config.train_config import DataConfig
-from contextualstory_jax.data.loader import batches, open_stories
+from contextualstory_jax.data.loader import TokenizedStories, batches, open_stories
 from tests.data.test_loader import tokenize
 
 if __name__ == "__main__":
     root, out, workers = sys.argv[1:]
     config = DataConfig(name="flintstones", root=root, seed=3, workers=int(workers))
     source = open_stories(config, "train", 16)
-    order = batches(source, tokenize, 2, 0, 1, workers=config.workers)
+    order = batches(TokenizedStories(source, tokenize), 2, 0, 1, workers=config.workers)
     taken = list(itertools.islice(order, 9))
     np.savez(out, **{f"{k}{i}": a for i, batch in enumerate(taken) for k, a in batch.items()})
 """
@@ -189,7 +191,7 @@ def test_memory_stays_flat_over_many_epochs(config, tmp_path, prepared):
         prepare(config, tmp_path / "out", size)
         config = dataclasses.replace(config, root=str(tmp_path / "out"))
     source = open_stories(config, "train", size)
-    an_epoch_each = batches(source, tokenize, len(source), 0)
+    an_epoch_each = batches(TokenizedStories(source, tokenize), len(source), 0)
     for _ in range(8):  # what is made once is made
         next(an_epoch_each)
     before = psutil.Process().memory_info().rss

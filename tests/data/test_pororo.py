@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.pororo import CHARACTERS, PororoSource
 from contextualstory_jax.data.sources import open_source
 from contextualstory_jax.data.validation import problems
@@ -352,6 +353,7 @@ def test_problems_are_all_found(tmp_path):
 
 
 def test_sources_by_name(root):
-    source = open_source("pororo", root, "val", 16, policy="strict", captions="original", seed=3)
+    config = DataConfig(name="pororo", split_policy="strict", captions="original", seed=3)
+    source = open_source(config, root, "val", 16)
     assert isinstance(source, PororoSource) and source.captions == "original" and source.seed == 3
     assert firsts(source) == [TEN + "1"]
