@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Integer
 
+from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.folder import FolderSource
@@ -38,6 +39,7 @@ __all__ = [
     "open_splits",
     "open_stories",
     "process_rows",
+    "require_square",
     "story_notes",
     "test_stories",
     "training_source",
@@ -99,6 +101,15 @@ def held_out_source(
         return open_stories(config, "test", size)
     except EmptySplit:
         return training_source(config, size) if train is None else train
+
+
+def require_square(model: ModelConfig) -> None:
+    """Raise `UserError` for a model of images that are not square, as those of all datasets are."""
+    require(
+        model.height == model.width,
+        f"model.height = {model.height} and model.width = {model.width} differ, and the images of "
+        "a dataset are square; set both to one size",
+    )
 
 
 def first_stories(source: StorySource | ShapesSource, count: int) -> list[Example]:

@@ -54,7 +54,7 @@ from contextualstory_jax.data.latent_cache import (
     LatentCache,
     tabulate,
 )
-from contextualstory_jax.data.loader import story_notes, training_source
+from contextualstory_jax.data.loader import require_square, story_notes, training_source
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.data.story_source import StorySource
@@ -130,7 +130,11 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def stories_on_disk(config: TrainConfig) -> StorySource:
-    """The training split of a config. Raises `UserError` for stories that never run out."""
+    """The training split of a config.
+
+    Raises `UserError` for stories that never run out, and for a model of images not square.
+    """
+    require_square(config.model)
     return require_on_disk(training_source(config.data, config.model.height))
 
 

@@ -35,6 +35,7 @@ from contextualstory_jax.data.loader import (
     first_stories,
     open_splits,
     process_rows,
+    require_square,
     story_notes,
 )
 from contextualstory_jax.data.shapes import ShapesSource
@@ -144,7 +145,8 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
 
 
 def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer, splits: Splits) -> None:
-    """Raise `UserError` where the config does not fit the devices or the tokenizer."""
+    """Raise `UserError` where the config does not fit its data, the devices or the tokenizer."""
+    require_square(config.model)
     check_batch(config, mesh)
     vocab_size = config.model.text_encoder.vocab_size
     needed = int(tokenizer([""]).max()) + 1  # in CLIP's vocabularies the end token is the last

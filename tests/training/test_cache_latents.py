@@ -282,6 +282,11 @@ def refuses(config: TrainConfig, tokenizer: Tokenizer, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_of_images_that_are_not_square_is_refused(recipe):
+    with pytest.raises(UserError, match=r"model.height = 16 and model.width = 32 differ"):
+        stories_on_disk(with_model(recipe, width=32))
+
+
 def test_other_stories_are_refused(recipe, cache, tokenizer, tmp_path):
     root = shutil.copytree(recipe.data.root, tmp_path / "flintstones")
     annotations = root / "flintstones_annotations_v1-0.json"

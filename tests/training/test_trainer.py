@@ -328,7 +328,7 @@ def test_the_loss_goes_down(recipe, tmp_path, no_samples):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: with_model(r, height=32), "model.height = 16, but the config says 32"),
+        (lambda r: with_model(r, height=32, width=32), "model.height = 16, but the config says 32"),
         (
             lambda r: with_model(
                 r, unet=dataclasses.replace(r.model.unet, first_frame_condition_mode="concat")
@@ -362,6 +362,10 @@ def test_a_workdir_of_another_shape_is_refused_and_stays_as_it_is(whole, recipe,
         (
             lambda r: dataclasses.replace(r, mesh=MeshConfig(data=3)),
             "mesh: .*'data': 3.* does not make up the 1 devices there are",
+        ),
+        (
+            lambda r: with_model(r, width=32),
+            "model.height = 16 and model.width = 32 differ, and the images of a dataset are square",
         ),
         (
             lambda r: with_model(
