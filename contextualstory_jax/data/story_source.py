@@ -214,6 +214,8 @@ def require_files(root: Path, dataset: str, names: Sequence[str]) -> None:
 def file_name(source_id: str, where: str) -> str:
     """An id as the name of a file: `-` for slashes, `_` for all but letters, digits, `.`, `_`, `-`.
 
+    Unlike `folder_name` of `sampling/prompts.py` it keeps the levels of a dataset's ids apart.
+
     Raises `UserError` where that names no file of its own.
     """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", source_id.replace("/", "-"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from contextualstory_jax.utils.errors import UserError, require
-from contextualstory_jax.utils.files import read_lines
+from contextualstory_jax.utils.files import read_json_lines, read_lines
+
+KEYS = {"id", "sentences", "first_frame"}
+FORM = 'write {"id": "...", "sentences": ["...", ...]}, with "first_frame": "path" if need be'
 
 
 class StoryText(NamedTuple):
@@ -25,6 +28,9 @@ class StoryText(NamedTuple):
 
 def folder_name(story_id: str) -> str:
     """The folder of a story's images: its id with `_` for all but letters, digits, `.`, `_`, `-`.
+
+    Unlike `file_name` of `data/story_source.py`, whose names are in datasets prepared before, it
+    writes `_` for a slash too, and leaves `stories.json` to the summary.
 
     Raises `UserError` where that names no folder of its own.
     """
@@ -59,7 +65,9 @@ def read_txt(path: Path) -> StoryText:
 
     Raises `UserError` where the file cannot be read or is empty.
     """
-    return StoryText(tuple(check_sentence(line, where) for where, line in _lines(path)))
+    lines = read_lines(path)
+    _require_some(lines, path)
+    return StoryText(tuple(check_sentence(line, where) for where, line in lines))
 
 
 def read_jsonl(path: Path) -> list[StoryText]:
@@ -71,8 +79,8 @@ def read_jsonl(path: Path) -> list[StoryText]:
     """
     stories: list[StoryText] = []
     places: dict[str, str] = {}
-    for where, line in _lines(path):
-        story = _parse(line, where, path.parent)
+    for where, values in read_json_lines(path, KEYS, FORM):
+        story = _parse(values, where, path.parent)
         try:
             name = folder_name(story.id)
         except UserError as error:
@@ -84,24 +92,14 @@ def read_jsonl(path: Path) -> list[StoryText]:
         )
         places[name] = where
         stories.append(story)
+    _require_some(stories, path)
     return stories
 
 
-def _parse(line: str, where: str, folder: Path) -> StoryText:
-    form = 'write {"id": "...", "sentences": ["...", ...]}, with "first_frame": "path" if need be'
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}); {form}"
-        ) from error
-    require(isinstance(values, dict), f"{where} is not a JSON object; {form}")
-    unknown = sorted(values.keys() - {"id", "sentences", "first_frame"})
-    require(not unknown, f"{where} has an unknown key {unknown[:1]}; {form}")
-    require(isinstance(values.get("id"), str), f"{where} needs an id, a string; {form}")
+def _parse(values: dict[str, Any], where: str, folder: Path) -> StoryText:
     check_sentence(values["id"], f"{where}, id")
     sentences = values.get("sentences")
-    require(isinstance(sentences, list), f"{where} needs sentences, a list; {form}")
+    require(isinstance(sentences, list), f"{where} needs sentences, a list; {FORM}")
     first_frame = values.get("first_frame")
     require(
         first_frame is None or isinstance(first_frame, str),
@@ -114,11 +112,8 @@ def _parse(line: str, where: str, folder: Path) -> StoryText:
     )
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """The lines that are not blank, each with its place; at least one."""
-    lines = read_lines(path)
-    require(len(lines) > 0, f"{path} is empty; write a story into it")
-    return lines
+def _require_some(stories: Sized, path: Path) -> None:
+    require(len(stories) > 0, f"{path} is empty; write a story into it")
 
 
 def fit_image(

@@ -73,6 +73,8 @@ def test_a_text_file_without_text_is_refused(tmp_path, text, message):
     [
         ("{'id': 1}", ":2 is not JSON"),
         ('{"id": "b", ', ":2 is not JSON"),
+        ("[" * 100_000, ":2 is not JSON"),
+        ('{"id": ' + "1" * 5000 + "}", ":2 is not JSON"),
         ("[]", ":2 is not a JSON object"),
         ("{}", ":2 needs an id"),
         (line(id=3), ":2 needs an id"),
