@@ -39,10 +39,10 @@ OWNERS = ("test", "train", "val")  # of a frame, under `strict`: the first that 
 
 @dataclasses.dataclass(frozen=True)
 class StoryRecord:
-    """One story without its images: `story_id` and `frame_ids` are those of its `Example`.
+    """A dataset's story before its images are read.
 
-    `source_id` and `source_frame_ids` are the dataset's own, and may hold slashes; overlapping
-    stories share frames, and so the latter.
+    `story_id` and `frame_ids` are those of its `Example`. `source_id` and `source_frame_ids` are
+    the dataset's own, and may hold slashes; overlapping stories share frames, and so the latter.
     """
 
     story_id: str

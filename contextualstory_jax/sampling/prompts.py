@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,13 @@ KEYS = {"id", "sentences", "first_frame"}
 FORM = 'write {"id": "...", "sentences": ["...", ...]}, with "first_frame": "path" if need be'
 
 
-class StoryText(NamedTuple):
-    """One story as it was written down."""
+class Story(NamedTuple):
+    """A story to generate; those of a dataset are an `Example` (`data/example.py`)."""
 
-    sentences: tuple[str, ...]
-    id: str = "story"
-    first_frame: Path | None = None
+    sentences: Sequence[str]
+    id: str = "story"  # with the seed it decides the noise
+    # A path until it is read; then of the size to generate, or of any for a camera to move over.
+    first_frame: UInt8[np.ndarray, "h w 3"] | Path | None = None
 
 
 def folder_name(story_id: str) -> str:
@@ -60,24 +61,24 @@ def check_text(sentence: Any, where: str) -> str:
     return sentence.strip()
 
 
-def read_txt(path: Path) -> StoryText:
+def read_txt(path: Path) -> Story:
     """One story, a sentence a line; blank lines are skipped.
 
     Raises `UserError` where the file cannot be read or is empty.
     """
     lines = read_lines(path)
     _require_some(lines, path)
-    return StoryText(tuple(check_sentence(line, where) for where, line in lines))
+    return Story(tuple(check_sentence(line, where) for where, line in lines))
 
 
-def read_jsonl(path: Path) -> list[StoryText]:
+def read_jsonl(path: Path) -> list[Story]:
     """Stories, one a line: `{"id": ..., "sentences": [...], "first_frame": "path" (optional)}`.
 
     A first frame's path is taken from the file's folder; blank lines are skipped. A sentence may be
     empty: models know the empty one from guidance. Raises `UserError` where the file cannot be
     read or is empty, and for a broken line or an id whose folder is another story's.
     """
-    stories: list[StoryText] = []
+    stories: list[Story] = []
     places: dict[str, str] = {}
     for where, values in read_json_lines(path, KEYS, FORM):
         story = _parse(values, where, path.parent)
@@ -96,16 +97,17 @@ def read_jsonl(path: Path) -> list[StoryText]:
     return stories
 
 
-def _parse(values: dict[str, Any], where: str, folder: Path) -> StoryText:
+def _parse(values: dict[str, Any], where: str, folder: Path) -> Story:
     check_sentence(values["id"], f"{where}, id")
     sentences = values.get("sentences")
-    require(isinstance(sentences, list), f"{where} needs sentences, a list; {FORM}")
+    if not isinstance(sentences, list):
+        raise UserError(f"{where} needs sentences, a list; {FORM}")
     first_frame = values.get("first_frame")
     require(
         first_frame is None or isinstance(first_frame, str),
         f"{where}: first_frame must be the path of an image; got {first_frame!r}",
     )
-    return StoryText(
+    return Story(
         tuple(check_text(sentence, where) for sentence in sentences),
         values["id"],
         None if first_frame is None else folder / first_frame,

@@ -63,6 +63,7 @@ from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.sampling.sample import fill
 from contextualstory_jax.utils import interruption
 from contextualstory_jax.utils.atomic import check_writable
 from contextualstory_jax.utils.errors import UserError, require
@@ -277,8 +278,7 @@ class Encoder:
         bar = tqdm(total=len(part), unit="story", disable=not is_first())
         for first in range(part.start, part.stop, size):
             some = range(first, min(first + size, part.stop))
-            padding = [(0, size - len(some))] + [(0, 0)] * 4
-            padded = [np.pad(array, padding, mode="edge") for array in moments(some)]
+            padded = [array[fill(range(len(some)), size)] for array in moments(some)]
             numbers = np.arange(first, first + size)
             values = flows(*jax.device_put((numbers, *padded), self._sharded))
             total += np.asarray(values, np.float64)[: len(some)].sum(axis=0)
@@ -309,7 +309,7 @@ class Encoder:
         rows, size = iter(rows), at_once * self.mesh.size
         pending: list[tuple[Array, int]] = []
         while chunk := list(islice(rows, size)):
-            batch = np.stack(chunk + [chunk[-1]] * (size - len(chunk)))
+            batch = np.stack(fill(chunk, size))
             pending.append((encode(self.params, jax.device_put(batch, self._sharded)), len(chunk)))
             interruption.check()
             if len(pending) > 1:

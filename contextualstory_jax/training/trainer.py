@@ -58,7 +58,8 @@ from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_way
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.models.vae import Moments
-from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
+from contextualstory_jax.sampling.arguments import stories_of
+from contextualstory_jax.sampling.pipeline import StoryPipeline
 from contextualstory_jax.training.cache_latents import open_latents, require_same_weights
 from contextualstory_jax.training.init_params import initial_params, tokenizer_folder
 from contextualstory_jax.training.metric_writers import NoWriter, ScalarWriter
@@ -261,12 +262,10 @@ def generate_samples(
     All devices generate; the first process writes.
     """
     stories = first_stories(held_out, config.sample_stories)
-    step, continuation = int(state.step), model.config.unet.is_continuation
+    step = int(state.step)
     params = merge_parts(state.ema_params, state.frozen)
     pipeline = StoryPipeline(model, params, tokenizer, flow(state), placement=placement)
-    images = pipeline.draw(
-        [Story(s.sentences, s.story_id, s.images[0] if continuation else None) for s in stories]
-    ).images
+    images = pipeline.draw(stories_of(stories, model.config.unet)).images
     if not is_first():
         return
     rows = [
