@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from contextualstory_jax.utils import interruption
 
 if TYPE_CHECKING:
-    from contextualstory_jax.sampling.arguments import Story
     from contextualstory_jax.sampling.pipeline import StoryPipeline
+    from contextualstory_jax.sampling.prompts import Story
     from contextualstory_jax.train import train_and_evaluate
     from contextualstory_jax.utils.errors import UserError
 
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 __all__ = ["Story", "StoryPipeline", "UserError", "train_and_evaluate"]
 
 _HOMES = {
-    "Story": "sampling.arguments",
+    "Story": "sampling.prompts",
     "StoryPipeline": "sampling.pipeline",
     "UserError": "utils.errors",
     "train_and_evaluate": "train",

@@ -18,7 +18,7 @@ from contextualstory_jax import __version__
 from contextualstory_jax.config.model_config import CameraMotion, FrameInitConfig, SamplingConfig
 from contextualstory_jax.sampling.output import write_latents, write_story
 from contextualstory_jax.sampling.prompts import (
-    StoryText,
+    Story,
     check_sentence,
     folder_name,
     read_jsonl,
@@ -31,7 +31,6 @@ from contextualstory_jax.utils.files import check_file
 from contextualstory_jax.utils.interruption import check
 
 if TYPE_CHECKING:
-    from contextualstory_jax.sampling.arguments import Story
     from contextualstory_jax.sampling.sample import Generated
 
 PRINTED_STORIES = 8  # whose paths are printed
@@ -200,7 +199,7 @@ def main(
     print_paths(arguments.out, texts)
 
 
-def print_paths(out: Path, texts: Sequence[StoryText]) -> None:
+def print_paths(out: Path, texts: Sequence[Story]) -> None:
     """Print where the first stories are, and how many there are."""
     for text in texts[:PRINTED_STORIES]:
         folder = out / folder_name(text.id)
@@ -208,19 +207,20 @@ def print_paths(out: Path, texts: Sequence[StoryText]) -> None:
     print(f"{len(texts)} {'story' if len(texts) == 1 else 'stories'} in {out}")
 
 
-def with_frames(texts: Sequence[StoryText], size: tuple[int, int] | None) -> list[Story]:
+def with_frames(texts: Sequence[Story], size: tuple[int, int] | None) -> list[Story]:
     """Read first frames, cropped and scaled to a size if there is one."""
-    from contextualstory_jax.sampling.arguments import Story, read_first_frame
+    from contextualstory_jax.sampling.arguments import read_first_frame
 
-    frames = (
-        text.first_frame and read_first_frame("first frame", text.first_frame, size)
+    return [
+        text._replace(first_frame=read_first_frame("first frame", text.first_frame, size))
+        if text.first_frame is not None
+        else text
         for text in texts
-    )
-    return [Story(t.sentences, t.id, frame) for t, frame in zip(texts, frames, strict=True)]
+    ]
 
 
 def write_batches(
-    batches: Iterable[Generated], texts: Sequence[StoryText], arguments: argparse.Namespace
+    batches: Iterable[Generated], texts: Sequence[Story], arguments: argparse.Namespace
 ) -> list[np.ndarray]:
     """Write each batch of stories before the next is generated; returns the latents to save."""
     waiting, latents = iter(texts), []
@@ -244,7 +244,7 @@ def write_batches(
 
 def write_summary(
     arguments: argparse.Namespace,
-    texts: Sequence[StoryText],
+    texts: Sequence[Story],
     checkpoint: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
@@ -281,7 +281,7 @@ def print_about(checkpoint: str | None) -> None:
     print(about(read_model(folder), read_vocabulary(folder)))
 
 
-def warn_of_unknown_words(checkpoint: Path, texts: Sequence[StoryText]) -> None:
+def warn_of_unknown_words(checkpoint: Path, texts: Sequence[Story]) -> None:
     """Print a warning for each word that the checkpoint's training stories do not contain."""
     from contextualstory_jax.data.vocabulary import read_vocabulary, warnings
 
@@ -291,7 +291,7 @@ def warn_of_unknown_words(checkpoint: Path, texts: Sequence[StoryText]) -> None:
         print("warning:", line, file=sys.stderr)
 
 
-def read_stories(arguments: argparse.Namespace) -> list[StoryText]:
+def read_stories(arguments: argparse.Namespace) -> list[Story]:
     """The stories to generate. Raises `UserError` for those that are not right."""
     if arguments.stories:
         require(
@@ -302,7 +302,7 @@ def read_stories(arguments: argparse.Namespace) -> list[StoryText]:
     if arguments.story:
         story = read_txt(arguments.story)
     else:
-        story = StoryText(tuple(check_sentence(s, "--sentence") for s in arguments.sentence))
+        story = Story(tuple(check_sentence(s, "--sentence") for s in arguments.sentence))
     return [story._replace(first_frame=arguments.first_frame)]
 
 
@@ -341,13 +341,13 @@ def read_latents(path: Path) -> np.ndarray:
     return latents
 
 
-def describe(story: StoryText) -> dict[str, Any]:
+def describe(story: Story) -> dict[str, Any]:
     """A story's entry in `stories.json`."""
     return {
         "id": story.id,
         "folder": folder_name(story.id),
         "sentences": story.sentences,
-        "first_frame": story.first_frame and str(story.first_frame),
+        "first_frame": None if story.first_frame is None else str(story.first_frame),
     }
 
 

@@ -88,7 +88,7 @@ def write_stories(root: Path, count: int, size: int) -> list[Path]:
 
 def measure(root: Path, paths: list[Path], size: int, rounds: int) -> dict[str, float]:
     """Images a second of processor time, by what is done with them."""
-    from contextualstory_jax.data.loader import batches, open_stories
+    from contextualstory_jax.data.loader import TokenizedStories, batches, open_stories
     from contextualstory_jax.data.preparation import prepare
 
     published = DataConfig(name="folder", root=str(root / "published"))
@@ -116,7 +116,8 @@ def measure(root: Path, paths: list[Path], size: int, rounds: int) -> dict[str, 
     def read(config: DataConfig) -> None:
         source = open_stories(config, "train", size)
         steps = math.ceil(len(source) / BATCH)
-        order = batches(source, lambda sentences: np.zeros((FRAMES, 77), np.int32), BATCH, 0)
+        blank = np.zeros((FRAMES, 77), np.int32)
+        order = batches(TokenizedStories(source, lambda sentences: blank), BATCH, 0)
         for _ in range(steps):
             next(order)
 

@@ -30,7 +30,7 @@ from contextualstory_jax.data.latent_cache import (
     LatentCache,
     tabulate,
 )
-from contextualstory_jax.data.loader import read_batches
+from contextualstory_jax.data.loader import batches
 from contextualstory_jax.data.story_source import StoryRecord, StorySource, numbered
 
 MOMENTS = (2, 32, 32, 4)  # of an image of 256 x 256: mean and log of variance
@@ -90,12 +90,12 @@ def stories_per_second(
     stories: EncodedStories, batch_size: int, seconds: float
 ) -> tuple[float, float]:
     """Stories a second of training's reader, in its random order, and of one core's time."""
-    batches = read_batches(stories.read, len(stories), batch_size, seed=0)
+    order = batches(stories, batch_size, seed=0)
     for _ in range(5):  # which are read ahead
-        next(batches)
+        next(order)
     began, began_work, count = time.monotonic(), time.process_time(), 0
     while time.monotonic() < began + seconds:
-        next(batches)
+        next(order)
         count += batch_size
     return count / (time.monotonic() - began), count / (time.process_time() - began_work)
 

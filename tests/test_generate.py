@@ -13,7 +13,7 @@ from PIL import Image
 
 import contextualstory_jax
 from contextualstory_jax import UserError, generate
-from contextualstory_jax.sampling.prompts import StoryText
+from contextualstory_jax.sampling.prompts import Story
 from contextualstory_jax.utils.cli import OUT_OF_MEMORY, run
 
 SENTENCES = ("A cat sits.", "It runs.", "It jumps.", "It eats.", "It sleeps.")
@@ -368,8 +368,8 @@ def test_words_that_a_model_was_not_trained_on_are_warned_of(tmp_path, capsys):
     vocabulary = {"dataset": "folder", "names": [], "words": ["a", "cat", "sits"]}
     (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary))
 
-    generate.warn_of_unknown_words(tmp_path, [StoryText(("A cat sits .", "A hat sits ."))])
-    generate.warn_of_unknown_words(tmp_path / "none", [StoryText(("A hat .",))])
+    generate.warn_of_unknown_words(tmp_path, [Story(("A cat sits .", "A hat sits ."))])
+    generate.warn_of_unknown_words(tmp_path / "none", [Story(("A hat .",))])
 
     expected = "warning: 'hat' is unknown to this model; closest known word: cat\n"
     assert capsys.readouterr().err == expected

@@ -24,7 +24,7 @@ class FrameLabels:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """One story: five RGB images, 0-255, and five sentences, ids and (if known) labels.
+    """A dataset's story with its images: five, RGB, 0-255; sentences, ids and labels, if known.
 
     `story_id` and `frame_ids` are unique in the dataset and fit as names of files.
     """

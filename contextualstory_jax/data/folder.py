@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import types
 from collections import Counter
@@ -41,7 +40,7 @@ from contextualstory_jax.data.story_source import (
     strict_windows,
 )
 from contextualstory_jax.utils.errors import UserError, require
-from contextualstory_jax.utils.files import read_lines
+from contextualstory_jax.utils.files import read_json_lines
 
 STORIES = "stories.jsonl"
 FORM = (
@@ -135,20 +134,12 @@ def _contents(paths: Iterable[Path]) -> dict[Path, str]:
 
 def _read(path: Path) -> list[tuple[str | None, StoryRecord]]:
     """The stories of a file, each with the split that it names."""
-    return [_parse(line, where, path.parent) for where, line in read_lines(path)]
+    lines = read_json_lines(path, KEYS, FORM)
+    return [_parse(values, where, path.parent) for where, values in lines]
 
 
-def _parse(line: str, where: str, folder: Path) -> tuple[str | None, StoryRecord]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON; {FORM}") from error
-    require(isinstance(values, dict), f"{where} is not a JSON object; {FORM}")
-    unknown = sorted(values.keys() - KEYS)
-    require(not unknown, f"{where} has an unknown key {unknown[:1]}; {FORM}")
-
-    source_id, split = values.get("id"), values.get("split")
-    require(isinstance(source_id, str), f"{where} needs an id, a string; {FORM}")
+def _parse(values: dict[str, Any], where: str, folder: Path) -> tuple[str | None, StoryRecord]:
+    source_id, split = values["id"], values.get("split")
     require(
         "split" not in values or split in SPLITS,
         f"{where}: split must be one of {', '.join(SPLITS)}; got {split!r}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Int32, Integer, UInt8
+from jaxtyping import Integer
 
+from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.folder import FolderSource
+from contextualstory_jax.data.latent_cache import EncodedStories
 from contextualstory_jax.data.prepared import PreparedSource, is_prepared, require_settings
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
@@ -29,14 +30,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOKENIZER_DIR",
-    "EvaluationBatch",
+    "Splits",
+    "TokenizedStories",
     "WaitMeter",
     "batches",
-    "evaluation_batches",
+    "first_stories",
     "held_out_source",
+    "open_splits",
     "open_stories",
     "process_rows",
-    "read_batches",
+    "require_square",
     "story_notes",
     "test_stories",
     "training_source",
@@ -45,7 +48,6 @@ __all__ = [
 T = TypeVar("T")
 Source = StorySource | ShapesSource | Sequence[Example]
 Tokenize = Callable[[Sequence[str]], np.ndarray]
-Read = Callable[[Sequence[tuple[int, int]]], dict[str, np.ndarray]]
 
 
 def open_stories(config: DataConfig, split: str, size: int) -> StorySource | ShapesSource:
@@ -67,16 +69,20 @@ def open_stories(config: DataConfig, split: str, size: int) -> StorySource | Sha
         source = PreparedSource(root, split, size, seed=config.seed)
         require_settings(source, config)
         return source
-    return open_source(
-        config.name,
-        root,
-        split,
-        size,
-        policy=config.split_policy,
-        captions=config.captions,
-        test_fraction=config.test_fraction,
-        seed=config.seed,
-    )
+    return open_source(config, root, split, size)
+
+
+class Splits(NamedTuple):
+    """The stories of a run: those it trains on, and those that it samples and validates on."""
+
+    train: StorySource | ShapesSource
+    held_out: StorySource | ShapesSource  # the test split or, where it has no stories, `train`
+
+
+def open_splits(config: DataConfig, size: int) -> Splits:
+    """Open each split once; raises as `open_stories` does."""
+    train = training_source(config, size)
+    return Splits(train, held_out_source(config, size, train))
 
 
 def training_source(config: DataConfig, size: int) -> StorySource | ShapesSource:
@@ -84,21 +90,36 @@ def training_source(config: DataConfig, size: int) -> StorySource | ShapesSource
     return open_stories(config, "train", size)
 
 
-def held_out_source(config: DataConfig, size: int) -> StorySource | ShapesSource:
-    """The test split or, where it has no stories, the training split.
+def held_out_source(
+    config: DataConfig, size: int, train: StorySource | ShapesSource | None = None
+) -> StorySource | ShapesSource:
+    """The test split or, where it has no stories, the training split, opened if need be.
 
     Raises as `open_stories` does.
     """
     try:
         return open_stories(config, "test", size)
     except EmptySplit:
-        return training_source(config, size)
+        return training_source(config, size) if train is None else train
+
+
+def require_square(model: ModelConfig) -> None:
+    """Raise `UserError` for a model of images that are not square, as those of all datasets are."""
+    require(
+        model.height == model.width,
+        f"model.height = {model.height} and model.width = {model.width} differ, and the images of "
+        "a dataset are square; set both to one size",
+    )
+
+
+def first_stories(source: StorySource | ShapesSource, count: int) -> list[Example]:
+    """The first stories of a source, `count` where it has as many."""
+    return [source[i] for i in range(min(count, len(source)))]
 
 
 def test_stories(config: DataConfig, size: int, count: int) -> list[Example]:
     """The first stories of `held_out_source`, `count` where it has as many; raises as it does."""
-    source = held_out_source(config, size)
-    return [source[i] for i in range(min(count, len(source)))]
+    return first_stories(held_out_source(config, size), count)
 
 
 def story_notes(
@@ -124,9 +145,32 @@ def story_notes(
     return notes
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizedStories:
+    """The stories of a source, as images and token ids."""
+
+    source: Source
+    tokenize: Tokenize
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, places: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """A batch of (index, epoch): `images`, uint8 (b, 5, h, w, 3), `ids`, int32 (b, 5, l)."""
+        examples = [
+            self.source.example(index, epoch)
+            if isinstance(self.source, StorySource)
+            else self.source[index]
+            for index, epoch in places
+        ]
+        return {
+            "images": np.stack([example.images for example in examples]),
+            "ids": np.stack([self.tokenize(example.sentences) for example in examples]),
+        }
+
+
 def batches(
-    source: Source,
-    tokenize: Tokenize,
+    stories: TokenizedStories | EncodedStories,
     batch_size: int,
     seed: int,
     first_step: int = 0,
@@ -134,40 +178,21 @@ def batches(
     rows: Sequence[int] | None = None,
     workers: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of `images`, uint8 (b, 5, h, w, 3), and `ids`, int32 (b, 5, l).
-
-    In the order of `read_batches`, where the arguments are explained.
-    """
-    read = _ReadPictures(source, tokenize)
-    return read_batches(read, len(source), batch_size, seed, first_step, rows=rows, workers=workers)
-
-
-def read_batches(
-    read: Read,
-    count: int,
-    batch_size: int,
-    seed: int,
-    first_step: int = 0,
-    *,
-    rows: Sequence[int] | None = None,
-    workers: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of `count` stories in random order, reshuffled each epoch, from `first_step`.
+    """Endless batches of stories in random order, reshuffled each epoch, from `first_step`.
 
     Batch s is the same whatever step the iterator started at, so that resuming needs no iterator
     state, and whatever the number of processes.
 
     Args:
-        read: Makes arrays of (index, epoch) pairs, one per row.
-        count: Number of stories.
+        stories: Stories to read, by their `read`.
         batch_size: Stories per batch.
         seed: Seed of the order.
         first_step: Step of the first batch.
         rows: Rows of each batch to read, by default all; those of one host are `process_rows`.
-        workers: Processes that read (0: a thread of this one), to which `read` is pickled.
+        workers: Processes that read (0: a thread of this one), to which `stories` are pickled.
     """
-    of_step = _ReadStep(read, count, tuple(range(batch_size) if rows is None else rows))
-    order = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
+    of_step = _ReadStep(stories, tuple(range(batch_size) if rows is None else rows))
+    order = grain.MapDataset.range(len(stories)).seed(seed).shuffle().repeat(None)
     steps = order.batch(batch_size, drop_remainder=True).map_with_index(of_step)[first_step:]
     # One thread: rendering and tokenising are Python, and the accelerator has the other cores.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1 if workers else 4)
@@ -188,79 +213,19 @@ def read_batches(
 class _ReadStep:
     """Some rows of the batch of a step."""
 
-    read: Read
-    count: int
+    stories: TokenizedStories | EncodedStories
     rows: tuple[int, ...]
 
     def __call__(self, step: int, numbers: Integer[np.ndarray, "n"]) -> dict[str, np.ndarray]:
         first = step * len(numbers)
-        return self.read([(int(numbers[row]), (first + row) // self.count) for row in self.rows])
-
-
-@dataclasses.dataclass(frozen=True)
-class _ReadPictures:
-    source: Source
-    tokenize: Tokenize
-
-    def __call__(self, places: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-        examples = [
-            self.source.example(index, epoch)
-            if isinstance(self.source, StorySource)
-            else self.source[index]
-            for index, epoch in places
-        ]
-        return _arrays(examples, self.tokenize)
-
-
-def _arrays(examples: Sequence[Example], tokenize: Tokenize) -> dict[str, np.ndarray]:
-    return {
-        "images": np.stack([example.images for example in examples]),
-        "ids": np.stack([tokenize(example.sentences) for example in examples]),
-    }
+        count = len(self.stories)
+        return self.stories.read([(int(numbers[row]), (first + row) // count) for row in self.rows])
 
 
 def process_rows(sharding: Sharding, batch_size: int) -> list[int]:
     """The rows of a batch, sharded along its first axis, that this process's devices hold."""
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in indices if index for row in range(batch_size)[index[0]]})
-
-
-class EvaluationBatch(NamedTuple):
-    """Some stories, in arrays padded to the batch size by repeating the last story."""
-
-    stories: list[Example]  # without the padding
-    images: UInt8[np.ndarray, "b 5 h w 3"]
-    ids: Int32[np.ndarray, "b 5 l"]
-    mask: Bool[np.ndarray, "b"]  # False for padding
-
-
-def evaluation_batches(
-    source: Source,
-    tokenize: Tokenize,
-    batch_size: int,
-    *,
-    first: int = 0,
-    count: int | None = None,
-    rows: Sequence[int] | None = None,
-) -> Iterator[EvaluationBatch]:
-    """Batches of `count` stories (by default all) from number `first`, once and in order.
-
-    Every process has equally many batches, of `rows` of each (by default all); a process may find
-    no story in its rows of the last one.
-    """
-    chosen = tuple(range(batch_size) if rows is None else rows)
-    end = len(source) if count is None else min(first + count, len(source))
-
-    def load(number: int) -> EvaluationBatch:
-        wanted = [first + number * batch_size + row for row in chosen]
-        stories = [source[i] for i in wanted if i < end]
-        padded = stories or [source[end - 1]]
-        padded = padded + padded[-1:] * (len(chosen) - len(padded))
-        mask = np.array([i < end for i in wanted])
-        return EvaluationBatch(stories, mask=mask, **_arrays(padded, tokenize))
-
-    dataset = grain.MapDataset.range(math.ceil((end - first) / batch_size)).map(load)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 class WaitMeter(Generic[T]):

@@ -21,7 +21,14 @@ from PIL import Image
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.candidates import candidates
 from contextualstory_jax.data.prepared import PICTURES, STORIES, require_tfds
-from contextualstory_jax.data.shards import finish, work_folder, write_pictures, write_stories
+from contextualstory_jax.data.shards import (
+    DATASET,
+    PictureShard,
+    finish,
+    work_folder,
+    write_pictures,
+    write_stories,
+)
 from contextualstory_jax.data.sources import open_source
 from contextualstory_jax.data.story_source import SPLITS, EmptySplit, StoryRecord, StorySource
 from contextualstory_jax.data.validation import Finding, problems
@@ -95,7 +102,7 @@ def prepare(
         UserError: The folder is not the dataset's, or writing fails.
     """
     require_tfds()
-    from contextualstory_jax.data.tfds_builders import BUILDERS, PictureShard, StoryShard
+    from contextualstory_jax.data.tfds_builders import Dataset
 
     require(not out.exists(), f"{out} is there already; delete it, or name another folder")
     require(workers >= 1, f"workers must be at least 1; got {workers}")
@@ -107,9 +114,10 @@ def prepare(
     with work_folder(out, settings | {"files": _digest(files, config)}) as work:
         starts, read = range(0, len(files), FILES_PER_SHARD), candidates(first)
         shards = [PictureShard(files[i : i + FILES_PER_SHARD], read, size) for i in starts]
-        make_builder = functools.partial(BUILDERS[config.name], work)
-        builder = make_builder(PICTURES, {PICTURES: shards}, settings)
-        rows, broken = write_pictures(builder, work, workers, progress)
+        make_dataset = functools.partial(
+            Dataset, config.name, folder=work / DATASET, metadata=settings
+        )
+        rows, broken = write_pictures(make_dataset(PICTURES), shards, workers, progress)
         kept, findings = _intact(sources, stories, broken, token_count or least_tokens)
         report = Report(
             found={split: len(of_split) for split, of_split in stories.items()},
@@ -121,8 +129,8 @@ def prepare(
         )
         if report.complete:
             require(any(kept.values()), f"no story in {config.root} has all its images")
-            splits = {split: [StoryShard(s, rows)] for split, s in kept.items() if s}
-            write_stories(make_builder(STORIES, splits, settings), work)
+            splits = {split: of_split for split, of_split in kept.items() if of_split}
+            write_stories(make_dataset(STORIES), splits, rows)
             finish(work, out)
     return report
 
@@ -158,21 +166,11 @@ def _settings(config: DataConfig, test_fraction: float | None, size: int) -> dic
 
 def open_splits(config: DataConfig, size: int) -> dict[str, StorySource]:
     """Each split of a published dataset that has stories. Raises `UserError` as sources do."""
-    assert config.name != "shapes"
     opened: dict[str, StorySource] = {}
     empty: list[EmptySplit] = []
     for split in SPLITS:
         try:
-            opened[split] = open_source(
-                config.name,
-                Path(config.root or ""),
-                split,
-                size,
-                policy=config.split_policy,
-                captions=config.captions,
-                test_fraction=config.test_fraction,
-                seed=config.seed,
-            )
+            opened[split] = open_source(config, Path(config.root or ""), split, size)
         except EmptySplit as error:
             empty.append(error)
     if not opened:

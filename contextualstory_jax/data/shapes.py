@@ -108,7 +108,10 @@ class Shot(NamedTuple):
 
 
 class Storyline(NamedTuple):
-    """Five shots in one scene, whose scenery is turned sideways by `turn` eighths."""
+    """A synthetic story before it is rendered: five shots in one scene.
+
+    The scenery is turned sideways by `turn` eighths.
+    """
 
     scene: str
     turn: int

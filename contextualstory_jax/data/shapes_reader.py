@@ -39,11 +39,6 @@ class FrameReading(NamedTuple):
     scene: str | None
 
 
-def read_frame(image: UInt8[np.ndarray, "h h 3"]) -> FrameReading:
-    """Read one square image."""
-    return read_frames(image[None])[0]
-
-
 def read_frames(images: UInt8[np.ndarray, "n h h 3"]) -> list[FrameReading]:
     """Read square images of 32 pixels or more a side."""
     present = _outline_fit(images) > PRESENT

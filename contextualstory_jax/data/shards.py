@@ -9,29 +9,33 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import json
 import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
 
 from contextualstory_jax.data import images
+from contextualstory_jax.data.images import fit_square
 from contextualstory_jax.data.prepared import PICTURES, STORIES
+from contextualstory_jax.data.story_source import StoryRecord
 from contextualstory_jax.utils.errors import UserError
 from contextualstory_jax.utils.interruption import before_processes, check, removing
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-    from contextualstory_jax.data.tfds_builders import PictureShard, Rows, StoryBuilder
+    from contextualstory_jax.data.tfds_builders import Dataset, Rows
 
 OPTIONS = "group_size:1,uncompressed"  # a record can be read alone; why raw: `tfds_builders.py`
 DATASET = "dataset"  # in the work folder: renamed to `OUT` at the end
@@ -50,14 +54,25 @@ class _Note(NamedTuple):
     stamps: list[list[int] | None]
 
 
+@dataclasses.dataclass(frozen=True)
+class PictureShard:
+    """The images in some files; `read` gives all that a file has, in the order of choice."""
+
+    paths: tuple[Path, ...]
+    read: Callable[[Path], list[Image.Image]]
+    size: int
+
+
 def write_pictures(
-    builder: StoryBuilder, work: Path, workers: int, progress: Callable[[int, int], object]
+    dataset: Dataset,
+    shards: Sequence[PictureShard],
+    workers: int,
+    progress: Callable[[int, int], object],
 ) -> tuple[dict[Path, Rows], dict[Path, str]]:
     """Write the missing shards; return the rows of each file's images, and the broken files."""
     from contextualstory_jax.data.tfds_builders import Rows
 
-    folder, shards = work / DATASET / PICTURES, builder.shards[PICTURES]
-    paths = builder.paths(folder, PICTURES)
+    paths = dataset.paths(PICTURES, len(shards))
     total, done = sum(len(shard.paths) for shard in shards), 0
     notes: dict[int, _Note] = {}
     tasks = []
@@ -65,7 +80,7 @@ def write_pictures(
         note = _read_note(path)
         # Broken files may have been fixed.
         if note is None or note.broken or note.stamps != list(map(_stamp, shard.paths)):
-            tasks.append((number, shard, builder.features, path))
+            tasks.append((number, shard, dataset.features, path))
         else:
             notes[number] = note
             done += len(shard.paths)
@@ -79,7 +94,7 @@ def write_pictures(
     ordered = [notes[number] for number in range(len(shards))]
     for what, name in chain.from_iterable(note.remarks.items() for note in ordered):
         images.remark(what, name)
-    builder.write_info(folder, {PICTURES: [sum(note.counts) for note in ordered]})
+    dataset.write_info({PICTURES: [sum(note.counts) for note in ordered]})
     files = [path for shard in shards for path in shard.paths]
     counts = list(chain.from_iterable(note.counts for note in ordered))
     ends = accumulate(counts)
@@ -90,17 +105,18 @@ def write_pictures(
     return rows, broken
 
 
-def write_stories(builder: StoryBuilder, work: Path) -> None:
-    """Write the shards of stories, one a split, and the dataset's info."""
-    folder = work / DATASET / STORIES
-    lengths = {}
-    for split, (shard,) in builder.shards.items():
-        (path,) = builder.paths(folder, split)
+def write_stories(
+    dataset: Dataset, stories: Mapping[str, Sequence[StoryRecord]], rows: Mapping[Path, Rows]
+) -> None:
+    """Write the stories of each split, in one shard."""
+    from contextualstory_jax.data.tfds_builders import story_record
+
+    for split, of_split in stories.items():
+        (path,) = dataset.paths(split, 1)
         with _writer(path) as write:
-            for _, record in shard():
-                write(builder.features.serialize_example(record))
-        lengths[split] = [len(shard.stories)]
-    builder.write_info(folder, lengths)
+            for story in of_split:
+                write(dataset.features.serialize_example(story_record(story, rows)))
+    dataset.write_info({split: [len(of_split)] for split, of_split in stories.items()})
 
 
 def _run(tasks: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, _Note]]:
@@ -152,12 +168,12 @@ def _write_shard(
         for file in shard.paths:
             note.stamps.append(_stamp(file))  # before it is read, lest a change be missed
             try:
-                records = shard.records(file)
+                pictures = [fit_square(picture, shard.size) for picture in shard.read(file)]
             except UserError as error:
-                records, note.broken[str(file)] = [], str(error)
-            for record in records:
-                write(serialize(record["picture"]))
-            note.counts.append(len(records))
+                pictures, note.broken[str(file)] = [], str(error)
+            for picture in pictures:
+                write(serialize(picture))
+            note.counts.append(len(pictures))
             check()
     _write_text(_note_path(path), json.dumps(note))
     return number, note

@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.flintstones import FlintstonesSource
 from contextualstory_jax.data.folder import FolderSource
-from contextualstory_jax.data.pororo import Captions, PororoSource
-from contextualstory_jax.data.story_source import Policy, StorySource
+from contextualstory_jax.data.pororo import PororoSource
+from contextualstory_jax.data.story_source import StorySource
 from contextualstory_jax.utils.errors import UserError
 
 
-def open_source(
-    name: Literal["pororo", "flintstones", "folder"],
-    root: Path,
-    split: str,
-    size: int,
-    *,
-    policy: Policy = "published",
-    captions: Captions = "blip2",
-    test_fraction: float = 0.05,
-    seed: int = 0,
-) -> StorySource:
-    """One split of a dataset on disk; `captions` are for pororo, `test_fraction` for folders.
+def open_source(config: DataConfig, root: Path, split: str, size: int) -> StorySource:
+    """One split of the config's dataset in a folder as published.
 
     Raises `UserError` for a folder that is not the dataset's, or whose files are broken.
     """
-    match name:
+    policy, seed = config.split_policy, config.seed
+    match config.name:
         case "pororo":
-            return PororoSource(root, split, size, policy=policy, captions=captions, seed=seed)
+            return PororoSource(
+                root, split, size, policy=policy, captions=config.captions, seed=seed
+            )
         case "flintstones":
             return FlintstonesSource(root, split, size, policy=policy, seed=seed)
         case "folder":
-            return FolderSource(root, split, size, policy=policy, test_fraction=test_fraction)
-
-
-def require_unique(source: StorySource) -> None:
-    """Raise `UserError` where two stories have one id, and so would share the names of files."""
-    places: dict[str, str] = {}
-    for index in range(len(source)):
-        record = source.story(index)
-        if record.story_id in places:
-            raise UserError(
-                f"two stories share the id {record.story_id}: {places[record.story_id]!r} and "
-                f"{record.source_id!r}; give each an id of its own"
+            return FolderSource(
+                root, split, size, policy=policy, test_fraction=config.test_fraction
             )
-        places[record.story_id] = record.source_id
+        case "shapes":
+            raise UserError("data.name = 'shapes' is rendered, not on disk; name another dataset")

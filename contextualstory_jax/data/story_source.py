@@ -39,10 +39,10 @@ OWNERS = ("test", "train", "val")  # of a frame, under `strict`: the first that 
 
 @dataclasses.dataclass(frozen=True)
 class StoryRecord:
-    """One story without its images: `story_id` and `frame_ids` are those of its `Example`.
+    """A dataset's story before its images are read.
 
-    `source_id` and `source_frame_ids` are the dataset's own, and may hold slashes; overlapping
-    stories share frames, and so the latter.
+    `story_id` and `frame_ids` are those of its `Example`. `source_id` and `source_frame_ids` are
+    the dataset's own, and may hold slashes; overlapping stories share frames, and so the latter.
     """
 
     story_id: str
@@ -213,6 +213,8 @@ def require_files(root: Path, dataset: str, names: Sequence[str]) -> None:
 
 def file_name(source_id: str, where: str) -> str:
     """An id as the name of a file: `-` for slashes, `_` for all but letters, digits, `.`, `_`, `-`.
+
+    Unlike `folder_name` of `sampling/prompts.py` it keeps the levels of a dataset's ids apart.
 
     Raises `UserError` where that names no file of its own.
     """

@@ -1,22 +1,19 @@
-"""The datasets on disk as tensorflow-datasets builders.
+"""The two tensorflow-datasets datasets of a prepared folder, `pictures` and `stories`.
 
-`pororo_sv`, `flintstones_sv` and `story_folder` each have two configs, because overlapping stories
-share frames, and a frame may have several images to choose from: `pictures` has every image once;
-`stories` has the splits, and of each frame the rows of its images.
+Overlapping stories share frames, and a frame may have several images to choose from: `pictures` has
+every image once; `stories` has the splits, and of each frame the rows of its images.
 
 Images are raw bytes. The fastest compression, zstd 1, would take a quarter to a third off, and
 half the time that decoding and resizing took before; PNG would take more than twice that time
 (`scripts/benchmark_data.py`).
 
-`preparation.py` runs a builder's shards in parallel; `download_and_prepare()` one after the other.
 This is the only module to import tensorflow-datasets, an extra, at its top; TensorFlow is not used.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +21,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from contextualstory_jax.data.example import FRAMES
-from contextualstory_jax.data.images import fit_square
 from contextualstory_jax.data.prepared import PICTURES, STORIES, labels_to_json
 from contextualstory_jax.data.story_source import StoryRecord
 
-Record = dict[str, Any]
+NAMES = {"pororo": "pororo_sv", "flintstones": "flintstones_sv", "folder": "story_folder"}
+DESCRIPTIONS = {PICTURES: "Every image once.", STORIES: "Five frames with their sentences."}
 
 
 class Rows(NamedTuple):
@@ -41,43 +38,19 @@ class Rows(NamedTuple):
     count: int
 
 
-@dataclasses.dataclass(frozen=True)
-class PictureShard:
-    """The images in some files; `read` gives all that a file has, in the order of choice."""
-
-    paths: tuple[Path, ...]
-    read: Callable[[Path], list[Image.Image]]
-    size: int
-
-    def records(self, path: Path) -> list[Record]:
-        """The records of one file. Raises `UserError` where it is missing or broken."""
-        return [{"picture": fit_square(picture, self.size)} for picture in self.read(path)]
-
-    def __call__(self) -> Iterator[tuple[int, Record]]:
-        return enumerate(record for path in self.paths for record in self.records(path))
-
-
-@dataclasses.dataclass(frozen=True)
-class StoryShard:
-    """Some stories, and the rows of the images in their files."""
-
-    stories: Sequence[StoryRecord]
-    rows: Mapping[Path, Rows]
-
-    def __call__(self) -> Iterator[tuple[int, Record]]:
-        for key, story in enumerate(self.stories):
-            rows = [self.rows[path] for path in story.paths]
-            record = {
-                "story_id": story.story_id,
-                "frame_ids": list(story.frame_ids),
-                "source_id": story.source_id,
-                "source_frame_ids": list(story.source_frame_ids),
-                "sentences": list(story.sentences),
-                "labels": labels_to_json(story.labels),
-                "first_row": [first for first, _ in rows],
-                "rows": [count for _, count in rows],
-            }
-            yield key, record
+def story_record(story: StoryRecord, rows: Mapping[Path, Rows]) -> dict[str, Any]:
+    """A story as it is stored, with the rows of the images in its files."""
+    places = [rows[path] for path in story.paths]
+    return {
+        "story_id": story.story_id,
+        "frame_ids": list(story.frame_ids),
+        "source_id": story.source_id,
+        "source_frame_ids": list(story.source_frame_ids),
+        "sentences": list(story.sentences),
+        "labels": labels_to_json(story.labels),
+        "first_row": [first for first, _ in places],
+        "rows": [count for _, count in places],
+    }
 
 
 def _features(kind: str, size: int) -> tfds.features.FeaturesDict:
@@ -112,87 +85,61 @@ def picture_serializer(
     return lambda picture: b"".join((head, np.ascontiguousarray(picture).data))
 
 
-class _LocalInfo(tfds.core.DatasetInfo):
-    """Dataset information that exists on this machine only."""
+class Dataset:
+    """One of the two datasets of a prepared folder, as tensorflow-datasets describes it.
 
-    def initialize_from_bucket(self) -> None:
-        """Do nothing: the base class asks a public bucket, and leaves a temporary folder behind."""
+    Args:
+        name: Name of the stories in the configs, such as `pororo`.
+        kind: `pictures` or `stories`.
+        folder: Folder to write in.
+        metadata: Settings that it was prepared with.
+    """
 
-
-class StoryBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """The images or the stories of a dataset, in given shards of each split."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=PICTURES, description="Every image once."),
-        tfds.core.BuilderConfig(name=STORIES, description="Five frames with their sentences."),
-    ]
-
-    def __init__(
-        self,
-        folder: Path,
-        config: str,
-        shards: Mapping[str, Sequence[Callable[[], Iterator[tuple[int, Record]]]]],
-        metadata: Mapping[str, Any],
-    ):
-        self.kind, self.shards, self.metadata = config, shards, metadata
-        self.features = _features(config, metadata["size"])
-        super().__init__(data_dir=folder, config=config, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _LocalInfo(
-            builder=self,
-            features=self.features,
-            metadata=tfds.core.MetadataDict(self.metadata),
-            disable_shuffling=True,
+    def __init__(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]):
+        self.name, self.folder = NAMES[name], folder / kind
+        self.features, self._metadata = _features(kind, metadata["size"]), metadata
+        self._identity = DatasetIdentity(
+            name=self.name,
+            version=tfds.core.Version("1.0.0"),
+            data_dir=str(self.folder),
+            module_name=__name__,
+            config_name=kind,
+            config_description=DESCRIPTIONS[kind],
         )
 
-    def _shard_iterators_per_split(
-        self, dl_manager: object
-    ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, Record]]]]]:
-        return self.shards
-
-    def paths(self, folder: Path, split: str) -> list[Path]:
-        """The files of a split's shards in a folder."""
-        template, count = self._template(folder, split), len(self.shards[split])
+    def paths(self, split: str, count: int) -> list[Path]:
+        """The files of a split's `count` shards."""
+        template = self._template(split)
         return [
             Path(template.sharded_filepath(shard_index=index, num_shards=count))
             for index in range(count)
         ]
 
-    def write_info(self, folder: Path, lengths: Mapping[str, Sequence[int]]) -> None:
+    def write_info(self, lengths: Mapping[str, Sequence[int]]) -> None:
         """Write the dataset info of a folder whose shards have `lengths` records."""
+        info = tfds.core.DatasetInfo(
+            builder=self._identity,
+            features=self.features,
+            metadata=tfds.core.MetadataDict(self._metadata),
+            disable_shuffling=True,
+        )
+        info.set_file_format("array_record")
         splits = [
             tfds.core.SplitInfo(
                 name=split,
                 shard_lengths=list(of_split),
-                num_bytes=sum(path.stat().st_size for path in self.paths(folder, split)),
-                filename_template=self._template(folder, split),
+                num_bytes=sum(path.stat().st_size for path in self.paths(split, len(of_split))),
+                filename_template=self._template(split),
             )
             for split, of_split in lengths.items()
         ]
-        self.info.set_splits(tfds.core.SplitDict(splits))
-        self.info.write_to_directory(folder)
+        info.set_splits(tfds.core.SplitDict(splits))
+        info.write_to_directory(self.folder)
 
-    def _template(self, folder: Path, split: str) -> tfds.core.ShardedFileTemplate:
+    def _template(self, split: str) -> tfds.core.ShardedFileTemplate:
         return tfds.core.ShardedFileTemplate(
-            data_dir=epath.Path(folder),
+            data_dir=epath.Path(self.folder),
             dataset_name=self.name,
             split=split,
             filetype_suffix="array_record",
         )
-
-
-class PororoSv(StoryBuilder, skip_registration=True):
-    """PororoSV."""
-
-
-class FlintstonesSv(StoryBuilder, skip_registration=True):
-    """FlintstonesSV."""
-
-
-class StoryFolder(StoryBuilder, skip_registration=True):
-    """Stories of one's own."""
-
-
-BUILDERS = {"pororo": PororoSv, "flintstones": FlintstonesSv, "folder": StoryFolder}

@@ -11,7 +11,8 @@ from jaxtyping import UInt8
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.shapes_reader import read_frames
 from contextualstory_jax.evaluation.metrics.characters import METRICS, CharacterMetrics, Outcome
-from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
+from contextualstory_jax.sampling.arguments import stories_of
+from contextualstory_jax.sampling.pipeline import StoryPipeline
 from contextualstory_jax.utils.errors import require
 from contextualstory_jax.utils.interruption import check
 
@@ -58,12 +59,8 @@ def evaluate(
     # First of all, so that what cannot be measured is not generated.
     results = {"originals": result(np.stack([story.images for story in stories]))}
     for name, pipeline in models.items():
-        continuation = pipeline.model.config.unet.is_continuation
         generated = pipeline.draw(
-            [
-                Story(s.sentences, s.story_id, s.images[0] if continuation else None)
-                for s in stories
-            ],
+            stories_of(stories, pipeline.model.config.unet),
             seed=seed,
             batch_size=batch_size,
             progress=progress,

@@ -25,7 +25,9 @@ from contextualstory_jax.distributed.multihost import is_first
 from contextualstory_jax.evaluation.compare import outcomes
 from contextualstory_jax.evaluation.metrics.characters import CharacterMetrics
 from contextualstory_jax.evaluation.results import Gallery, SplitStory
-from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
+from contextualstory_jax.sampling.arguments import stories_of
+from contextualstory_jax.sampling.pipeline import StoryPipeline
+from contextualstory_jax.sampling.sample import fill
 from contextualstory_jax.utils.errors import require
 from contextualstory_jax.utils.interruption import check
 
@@ -103,12 +105,7 @@ def _generate(
     pipeline: StoryPipeline, examples: Sequence[Example], seed: int, batch_size: int
 ) -> UInt8[np.ndarray, "b f h w 3"]:
     """The images of a batch; the last story fills its empty places."""
-    continuation = pipeline.model.config.unet.is_continuation
-    stories = [
-        Story(example.sentences, example.story_id, example.images[0] if continuation else None)
-        for example in examples
-    ]
-    stories += stories[-1:] * (batch_size - len(stories))
+    stories = fill(stories_of(examples, pipeline.model.config.unet), batch_size)
     generated = pipeline.draw(stories, seed=seed, batch_size=batch_size)
     return generated.images[: len(examples)]
 

@@ -7,7 +7,7 @@ import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,14 @@ from contextualstory_jax.config.model_config import (
     SamplingConfig,
     UNetConfig,
 )
+from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.images import read_image, to_rgb
-from contextualstory_jax.sampling.prompts import check_text, fit_image
+from contextualstory_jax.sampling.prompts import Story, check_text, fit_image
+from contextualstory_jax.sampling.sample import fill
 from contextualstory_jax.utils.errors import require
 
 OutputType = Literal["np", "pil", "latent"]
 FirstFrame = Image.Image | UInt8[np.ndarray, "_ _ 3"] | str | os.PathLike[str]
-
-
-class Story(NamedTuple):
-    """One story to generate."""
-
-    sentences: Sequence[str]
-    id: str = "story"  # with the seed it decides the noise
-    # Of the size to generate, or of any size for a camera to move over.
-    first_frame: UInt8[np.ndarray, "h w 3"] | None = None
 
 
 def shown(value: Any) -> str:
@@ -89,6 +82,18 @@ def read_stories(sentences: Any) -> tuple[list[Story], bool]:
         for i, item in enumerate(items)
     ]
     return stories, False
+
+
+def stories_of(examples: Iterable[Example], unet: UNetConfig) -> list[Story]:
+    """The stories to generate beside a dataset's: in continuation, with their first frames."""
+    return [
+        Story(
+            example.sentences,
+            example.story_id,
+            example.images[0] if unet.is_continuation else None,
+        )
+        for example in examples
+    ]
 
 
 def _items(name: str, value: Any) -> list[Any]:
@@ -304,5 +309,4 @@ def read_replaced_latents(
         np.shape(latents) == shape and jnp.issubdtype(np.result_type(latents), jnp.floating),
         f"callback_on_step_end must return latents of shape {shape}; got {np.shape(latents)}",
     )
-    rows = np.minimum(np.arange(batch_size), len(latents) - 1)
-    return jnp.asarray(latents, jnp.float32)[rows]
+    return jnp.asarray(latents, jnp.float32)[np.array(fill(range(len(latents)), batch_size))]

@@ -32,7 +32,6 @@ from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.sampling.arguments import (
     FirstFrame,
     OutputType,
-    Story,
     as_output,
     check_choice,
     check_frameinit,
@@ -50,6 +49,7 @@ from contextualstory_jax.sampling.arguments import (
 )
 from contextualstory_jax.sampling.camera_motion import film
 from contextualstory_jax.sampling.pretrained import SHIPPED, find_checkpoint
+from contextualstory_jax.sampling.prompts import Story
 from contextualstory_jax.sampling.sample import (
     AfterStep,
     Generated,
@@ -57,6 +57,7 @@ from contextualstory_jax.sampling.sample import (
     Request,
     Scales,
     bucket,
+    fill,
     generate,
     generation_programs,
     shared_programs,
@@ -380,8 +381,8 @@ class StoryPipeline:
         names = ("guidance_scale", "image_guidance_scale", "guidance_rescale")
         scales = Scales(*(jnp.float32(getattr(sampling, name)) for name in names))
         for start in range(0, len(stories), batch_size):
-            chosen = [min(i, len(stories) - 1) for i in range(start, start + batch_size)]
             real = min(batch_size, len(stories) - start)
+            chosen = fill(range(start, start + real), batch_size)
             inputs = self._inputs([stories[i] for i in chosen], seed, shape, camera_motion)
             if initial_latents is not None:
                 inputs = inputs._replace(noise=self._place(initial_latents[chosen]))
@@ -407,7 +408,9 @@ class StoryPipeline:
             lambda key: jax.random.split(key, 3), out_axes=1
         )(keys)
         noise = jax.vmap(lambda key: story_noise(key, shape, self.model.config.noise))(noise_keys)
-        given = [story.first_frame for story in stories if story.first_frame is not None]
+        given = [
+            np.asarray(story.first_frame) for story in stories if story.first_frame is not None
+        ]
         if camera_motion is None:
             clips = [frame[None] for frame in given]
         else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,19 +12,26 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from contextualstory_jax.utils.errors import UserError, require
-from contextualstory_jax.utils.files import read_lines
+from contextualstory_jax.utils.files import read_json_lines, read_lines
+
+KEYS = {"id", "sentences", "first_frame"}
+FORM = 'write {"id": "...", "sentences": ["...", ...]}, with "first_frame": "path" if need be'
 
 
-class StoryText(NamedTuple):
-    """One story as it was written down."""
+class Story(NamedTuple):
+    """A story to generate; those of a dataset are an `Example` (`data/example.py`)."""
 
-    sentences: tuple[str, ...]
-    id: str = "story"
-    first_frame: Path | None = None
+    sentences: Sequence[str]
+    id: str = "story"  # with the seed it decides the noise
+    # A path until it is read; then of the size to generate, or of any for a camera to move over.
+    first_frame: UInt8[np.ndarray, "h w 3"] | Path | None = None
 
 
 def folder_name(story_id: str) -> str:
     """The folder of a story's images: its id with `_` for all but letters, digits, `.`, `_`, `-`.
+
+    Unlike `file_name` of `data/story_source.py`, whose names are in datasets prepared before, it
+    writes `_` for a slash too, and leaves `stories.json` to the summary.
 
     Raises `UserError` where that names no folder of its own.
     """
@@ -54,25 +61,27 @@ def check_text(sentence: Any, where: str) -> str:
     return sentence.strip()
 
 
-def read_txt(path: Path) -> StoryText:
+def read_txt(path: Path) -> Story:
     """One story, a sentence a line; blank lines are skipped.
 
     Raises `UserError` where the file cannot be read or is empty.
     """
-    return StoryText(tuple(check_sentence(line, where) for where, line in _lines(path)))
+    lines = read_lines(path)
+    _require_some(lines, path)
+    return Story(tuple(check_sentence(line, where) for where, line in lines))
 
 
-def read_jsonl(path: Path) -> list[StoryText]:
+def read_jsonl(path: Path) -> list[Story]:
     """Stories, one a line: `{"id": ..., "sentences": [...], "first_frame": "path" (optional)}`.
 
     A first frame's path is taken from the file's folder; blank lines are skipped. A sentence may be
     empty: models know the empty one from guidance. Raises `UserError` where the file cannot be
     read or is empty, and for a broken line or an id whose folder is another story's.
     """
-    stories: list[StoryText] = []
+    stories: list[Story] = []
     places: dict[str, str] = {}
-    for where, line in _lines(path):
-        story = _parse(line, where, path.parent)
+    for where, values in read_json_lines(path, KEYS, FORM):
+        story = _parse(values, where, path.parent)
         try:
             name = folder_name(story.id)
         except UserError as error:
@@ -84,41 +93,29 @@ def read_jsonl(path: Path) -> list[StoryText]:
         )
         places[name] = where
         stories.append(story)
+    _require_some(stories, path)
     return stories
 
 
-def _parse(line: str, where: str, folder: Path) -> StoryText:
-    form = 'write {"id": "...", "sentences": ["...", ...]}, with "first_frame": "path" if need be'
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}); {form}"
-        ) from error
-    require(isinstance(values, dict), f"{where} is not a JSON object; {form}")
-    unknown = sorted(values.keys() - {"id", "sentences", "first_frame"})
-    require(not unknown, f"{where} has an unknown key {unknown[:1]}; {form}")
-    require(isinstance(values.get("id"), str), f"{where} needs an id, a string; {form}")
+def _parse(values: dict[str, Any], where: str, folder: Path) -> Story:
     check_sentence(values["id"], f"{where}, id")
     sentences = values.get("sentences")
-    require(isinstance(sentences, list), f"{where} needs sentences, a list; {form}")
+    if not isinstance(sentences, list):
+        raise UserError(f"{where} needs sentences, a list; {FORM}")
     first_frame = values.get("first_frame")
     require(
         first_frame is None or isinstance(first_frame, str),
         f"{where}: first_frame must be the path of an image; got {first_frame!r}",
     )
-    return StoryText(
+    return Story(
         tuple(check_text(sentence, where) for sentence in sentences),
         values["id"],
         None if first_frame is None else folder / first_frame,
     )
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """The lines that are not blank, each with its place; at least one."""
-    lines = read_lines(path)
-    require(len(lines) > 0, f"{path} is empty; write a story into it")
-    return lines
+def _require_some(stories: Sized, path: Path) -> None:
+    require(len(stories) > 0, f"{path} is empty; write a story into it")
 
 
 def fit_image(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from contextualstory_jax.distributed.sharding import BATCH, HEADS, Placement, ba
 from contextualstory_jax.models.blocks import TextKeysValues
 from contextualstory_jax.models.fused_attention import attention_on
 from contextualstory_jax.models.story_model import Parts, StoryModel
+
+T = TypeVar("T")
 
 DECODED_AT_ONCE = 4  # stories on a device
 
@@ -247,6 +249,11 @@ def bucket(stories: int, batch_size: int, ways: int) -> int:
     """
     size = min(batch_size, 1 << (stories - 1).bit_length())
     return -(-size // ways) * ways
+
+
+def fill(batch: Sequence[T], size: int) -> list[T]:
+    """A batch brought to a size by repeating its last element."""
+    return [*batch, *[batch[-1]] * (size - len(batch))]
 
 
 def generate(

@@ -43,6 +43,7 @@ from contextualstory_jax.config.build import as_json, dotted
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.conversion.torch_names import ADDED
+from contextualstory_jax.data.candidates import candidates
 from contextualstory_jax.data.example import FRAMES
 from contextualstory_jax.data.images import fit_square
 from contextualstory_jax.data.latent_cache import (
@@ -53,15 +54,16 @@ from contextualstory_jax.data.latent_cache import (
     LatentCache,
     tabulate,
 )
-from contextualstory_jax.data.loader import story_notes, training_source
-from contextualstory_jax.data.preparation import candidates
+from contextualstory_jax.data.loader import require_square, story_notes, training_source
 from contextualstory_jax.data.remote import local_copy
+from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.data.story_source import StorySource
 from contextualstory_jax.distributed.multihost import is_first, say
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.sampling.sample import fill
 from contextualstory_jax.utils import interruption
 from contextualstory_jax.utils.atomic import check_writable
 from contextualstory_jax.utils.errors import UserError, require
@@ -77,8 +79,10 @@ MEND = "train with what it was made with, or make it again"
 # ----------------------------------------------------------------------------- training from one
 
 
-def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
-    """The training split of a config, read from the cache that it names.
+def open_latents(
+    config: TrainConfig, tokenizer: Tokenizer, source: StorySource | ShapesSource
+) -> EncodedStories:
+    """The training split `source` of a config, read from the cache that it names.
 
     Raises `UserError` where the cache is damaged, cannot be copied from its URL, or was made by
     another config or of other stories, and where the config trains what the cache was made with.
@@ -102,7 +106,7 @@ def open_latents(config: TrainConfig, tokenizer: Tokenizer) -> EncodedStories:
         cache.about["tokenizer"] == _files_digest(tokenizer.folder),
         f"the latent cache {cache.folder} was made with another tokenizer; {MEND}",
     )
-    return EncodedStories(stories_on_disk(config), cache)
+    return EncodedStories(require_on_disk(source), cache)
 
 
 def require_same_weights(cache: LatentCache, params: Parts) -> None:
@@ -127,11 +131,19 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def stories_on_disk(config: TrainConfig) -> StorySource:
-    """The training split of a config. Raises `UserError` for stories that never run out."""
-    source = training_source(config.data, config.model.height)
-    if not isinstance(source, StorySource):
+    """The training split of a config.
+
+    Raises `UserError` for stories that never run out, and for a model of images not square.
+    """
+    require_square(config.model)
+    return require_on_disk(training_source(config.data, config.model.height))
+
+
+def require_on_disk(source: StorySource | ShapesSource) -> StorySource:
+    """The source itself. Raises `UserError` for stories that never run out."""
+    if isinstance(source, ShapesSource):
         raise UserError(
-            f"data.name = {config.data.name!r} never runs out of stories, so that no pass over "
+            "data.name = 'shapes' never runs out of stories, so that no pass over "
             "all of them ends; name a dataset on disk"
         )
     return source
@@ -266,8 +278,7 @@ class Encoder:
         bar = tqdm(total=len(part), unit="story", disable=not is_first())
         for first in range(part.start, part.stop, size):
             some = range(first, min(first + size, part.stop))
-            padding = [(0, size - len(some))] + [(0, 0)] * 4
-            padded = [np.pad(array, padding, mode="edge") for array in moments(some)]
+            padded = [array[fill(range(len(some)), size)] for array in moments(some)]
             numbers = np.arange(first, first + size)
             values = flows(*jax.device_put((numbers, *padded), self._sharded))
             total += np.asarray(values, np.float64)[: len(some)].sum(axis=0)
@@ -298,7 +309,7 @@ class Encoder:
         rows, size = iter(rows), at_once * self.mesh.size
         pending: list[tuple[Array, int]] = []
         while chunk := list(islice(rows, size)):
-            batch = np.stack(chunk + [chunk[-1]] * (size - len(chunk)))
+            batch = np.stack(fill(chunk, size))
             pending.append((encode(self.params, jax.device_put(batch, self._sharded)), len(chunk)))
             interruption.check()
             if len(pending) > 1:

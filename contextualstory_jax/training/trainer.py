@@ -28,14 +28,18 @@ from contextualstory_jax.config.build import dotted
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.data.latent_cache import EncodedStories
 from contextualstory_jax.data.loader import (
+    Splits,
+    TokenizedStories,
     WaitMeter,
     batches,
+    first_stories,
+    open_splits,
     process_rows,
-    read_batches,
+    require_square,
     story_notes,
-    test_stories,
-    training_source,
 )
+from contextualstory_jax.data.shapes import ShapesSource
+from contextualstory_jax.data.story_source import StorySource
 from contextualstory_jax.data.vocabulary import vocabulary_of, write_vocabulary
 from contextualstory_jax.distributed.compilation import (
     TRAINING_SECONDS,
@@ -54,7 +58,8 @@ from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_way
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.models.vae import Moments
-from contextualstory_jax.sampling.pipeline import Story, StoryPipeline
+from contextualstory_jax.sampling.arguments import stories_of
+from contextualstory_jax.sampling.pipeline import StoryPipeline
 from contextualstory_jax.training.cache_latents import open_latents, require_same_weights
 from contextualstory_jax.training.init_params import initial_params, tokenizer_folder
 from contextualstory_jax.training.metric_writers import NoWriter, ScalarWriter
@@ -93,9 +98,10 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
     model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat)
     files = tokenizer_folder(config, workdir)
     tokenizer = Tokenizer(files, config.model.text_encoder.max_position_embeddings)
-    check(config, mesh, tokenizer)
+    splits = open_splits(config.data, config.model.height)
+    check(config, mesh, tokenizer, splits)
     say(placement.check(model.shapes))
-    latents = open_latents(config, tokenizer) if config.data.latents else None
+    latents = open_latents(config, tokenizer, splits.train) if config.data.latents else None
     abstract = abstract_state(model, config, placement)
     # Before anything is written, because it may refuse.
     params = initial_params(model, config, placement) if latest_step(workdir) is None else None
@@ -113,13 +119,15 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
             return state
         say(starting(config, workdir, int(state.step)))
         by_first(lambda: describe(config, state, workdir))
-        by_first(lambda: record_vocabulary(config, workdir))
+        by_first(lambda: record_vocabulary(config, workdir, splits))
         null_ids = tokenizer([""])[0]
         null_text = None if latents is None else latents.cache.null_text
         step = make_train_step(model, config, placement, state, null_ids, null_text)
-        data = device_batches(config, mesh, tokenizer, int(state.step), latents)
+        stories = TokenizedStories(splits.train, tokenizer) if latents is None else latents
+        data = device_batches(config, mesh, stories, int(state.step))
         flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
-        validate = validation(model, config, placement, tokenizer) if config.keep_best else None
+        shared = model, config, placement, tokenizer, splits.held_out
+        validate = validation(*shared) if config.keep_best else None
         with contextlib.closing(open_writer(config, workdir, int(state.step))) as writer:
             run = Run(
                 config=config,
@@ -130,16 +138,16 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
                 flow=flow,
                 validate=validate,
                 generate_samples=functools.partial(
-                    generate_samples, model, config, tokenizer, workdir, writer, flow, placement
+                    generate_samples, *shared, workdir, writer, flow
                 ),
             )
             say(compiling("training step", len(model.shapes["unet"]), TRAINING_SECONDS))
             return loop(state, compiled_together(step), data, run)
 
 
-def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
-    """Raise `UserError` where the config fits no data, the devices or the tokenizer."""
-    source = training_source(config.data, config.model.height)
+def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer, splits: Splits) -> None:
+    """Raise `UserError` where the config does not fit its data, the devices or the tokenizer."""
+    require_square(config.model)
     check_batch(config, mesh)
     vocab_size = config.model.text_encoder.vocab_size
     needed = int(tokenizer([""]).max()) + 1  # in CLIP's vocabularies the end token is the last
@@ -147,7 +155,7 @@ def check(config: TrainConfig, mesh: Mesh, tokenizer: Tokenizer) -> None:
         vocab_size >= needed,
         f"model.text_encoder.vocab_size = {vocab_size} is under the tokenizer's {needed}",
     )
-    for note in story_notes(source, tokenizer.truncation_note):
+    for note in story_notes(splits.train, tokenizer.truncation_note):
         say(note)
 
 
@@ -183,18 +191,22 @@ def describe(config: TrainConfig, state: TrainState, workdir: Path) -> None:
         print(f"{title} parameters: {listed or 'none'}", flush=True)
 
 
-def record_vocabulary(config: TrainConfig, workdir: Path) -> None:
+def record_vocabulary(config: TrainConfig, workdir: Path, splits: Splits) -> None:
     """Write the words of the training stories, of which `generate` warns where one is unknown."""
-    source = training_source(config.data, config.model.height)
-    write_vocabulary(workdir, vocabulary_of(config.data.name, source))
+    write_vocabulary(workdir, vocabulary_of(config.data.name, splits.train))
 
 
 def validation(
-    model: StoryModel, config: TrainConfig, placement: Placement, tokenizer: Tokenizer
+    model: StoryModel,
+    config: TrainConfig,
+    placement: Placement,
+    tokenizer: Tokenizer,
+    held_out: StorySource | ShapesSource,
 ) -> Callable[[TrainState], float]:
     """The averaged weights' loss on held-out stories, always with the same noise and timesteps."""
     size = config.batch_size // config.accumulation_steps
-    stories = test_stories(config.data, config.model.height, size)
+    stories = first_stories(held_out, size)
+    # Round and round, not the last repeated: a mean over them is of all alike.
     chosen = [stories[i % len(stories)] for i in range(size)]
     sharding = NamedSharding(placement.mesh, BATCH)
     batch = Batch(
@@ -216,25 +228,19 @@ def open_writer(config: TrainConfig, workdir: Path, first_step: int) -> ScalarWr
 def device_batches(
     config: TrainConfig,
     mesh: Mesh,
-    tokenizer: Tokenizer,
+    stories: TokenizedStories | EncodedStories,
     first_step: int,
-    latents: EncodedStories | None = None,
 ) -> Iterator[Batch | Encoded]:
     """Batches on the mesh, one for each step from `first_step` on; encoded ones from a cache."""
     sharding = NamedSharding(mesh, BATCH)
-    order = config.batch_size, config.seed, first_step
     rows, workers = process_rows(sharding, config.batch_size), config.data.workers
-    if latents is None:
-        source = training_source(config.data, config.model.height)
-        read = batches(source, tokenizer, *order, rows=rows, workers=workers)
-    else:
-        read = read_batches(latents.read, len(latents), *order, rows=rows, workers=workers)
-    for arrays in read:
+    order = config.batch_size, config.seed, first_step
+    for arrays in batches(stories, *order, rows=rows, workers=workers):
         arrays = {
             name: jax.make_array_from_process_local_data(sharding, array)
             for name, array in arrays.items()
         }
-        if latents is None:
+        if isinstance(stories, TokenizedStories):
             yield Batch(**arrays)
         else:
             yield Encoded(Moments(arrays["mean"], arrays["logvar"]), arrays["text"])
@@ -243,24 +249,23 @@ def device_batches(
 def generate_samples(
     model: StoryModel,
     config: TrainConfig,
+    placement: Placement,
     tokenizer: Tokenizer,
+    held_out: StorySource | ShapesSource,
     workdir: Path,
     writer: ScalarWriter | NoWriter,
     flow: Flow,
-    placement: Placement,
     state: TrainState,
 ) -> None:
     """Generate held-out stories with the EMA weights; one row a story, the originals above.
 
     All devices generate; the first process writes.
     """
-    stories = test_stories(config.data, config.model.height, config.sample_stories)
-    step, continuation = int(state.step), model.config.unet.is_continuation
+    stories = first_stories(held_out, config.sample_stories)
+    step = int(state.step)
     params = merge_parts(state.ema_params, state.frozen)
     pipeline = StoryPipeline(model, params, tokenizer, flow(state), placement=placement)
-    images = pipeline.draw(
-        [Story(s.sentences, s.story_id, s.images[0] if continuation else None) for s in stories]
-    ).images
+    images = pipeline.draw(stories_of(stories, model.config.unet)).images
     if not is_first():
         return
     rows = [

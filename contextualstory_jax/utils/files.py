@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from contextualstory_jax.utils.errors import UserError, require
 
@@ -57,6 +60,34 @@ def read_lines(path: Path) -> list[tuple[str, str]]:
     # Not splitlines, which also splits at characters that a JSON string may hold.
     numbered = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), start=1)]
     return [(where, line) for where, line in numbered if line.strip()]
+
+
+def read_json_lines(
+    path: Path, keys: Collection[str], form: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a file, one a line, each with its place, `path:number`.
+
+    Args:
+        path: The file; its blank lines are skipped.
+        keys: Keys that an object may have; `id`, a string, it must have.
+        form: The form of a line, for the end of messages.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no such object.
+    """
+    for where, line in read_lines(path):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg} at column {error.colno}"
+            raise UserError(f"{where} is not JSON ({reason}); {form}") from error
+        except (ValueError, RecursionError) as error:  # too many digits, or too deep
+            raise UserError(f"{where} is not JSON; {form}") from error
+        require(isinstance(values, dict), f"{where} is not a JSON object; {form}")
+        unknown = sorted(values.keys() - keys)
+        require(not unknown, f"{where} has an unknown key {unknown[:1]}; {form}")
+        require(isinstance(values.get("id"), str), f"{where} needs an id, a string; {form}")
+        yield where, values
 
 
 def user_cache() -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.flintstones import CHARACTERS, FlintstonesSource
 from contextualstory_jax.data.sources import open_source
 from contextualstory_jax.data.validation import problems
@@ -265,7 +266,7 @@ def test_clips_missing_or_broken_are_found(tmp_path):
     np.save(folder / f"{clip(2, 1, 500)}.npy", np.zeros((16, 16, 3), np.uint8))
     short = folder / f"{clip(2, 1, 600)}.npy"
     short.write_bytes(short.read_bytes()[:-1])
-    found = list(problems(open_source("flintstones", tmp_path, "test", 16), len))
+    found = list(problems(open_source(DataConfig(name="flintstones"), tmp_path, "test", 16), len))
     named = {
         shot: finding.kind
         for shot in range(100, 700, 100)

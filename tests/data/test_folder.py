@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import FrameLabels
 from contextualstory_jax.data.folder import FolderSource
-from contextualstory_jax.data.sources import open_source, require_unique
+from contextualstory_jax.data.sources import open_source
 from contextualstory_jax.data.validation import problems
 from contextualstory_jax.testing.published_folders import picture, save_png, write_story_folder
 from contextualstory_jax.utils.errors import UserError
@@ -75,8 +76,7 @@ def test_pictures_of_any_shape_are_cut_to_squares(tmp_path):
 def test_a_written_folder_has_its_counts(tmp_path):
     write_story_folder(tmp_path, counts={"train": 2, "test": 1})
     for split, count in {"train": 2, "test": 1}.items():
-        source = open_source("folder", tmp_path, split, 16)
-        require_unique(source)
+        source = open_source(DataConfig(name="folder"), tmp_path, split, 16)
         assert len(source) == count and list(problems(source, len)) == []
 
 
@@ -128,12 +128,12 @@ def test_problems_are_all_found(tmp_path):
     (tmp_path / "a.png").unlink()
     (tmp_path / "c.png").write_text("no picture")
     source = FolderSource(tmp_path, "train", 16)
-    found = [(finding.kind, finding.story) for finding in problems(source, lambda caption: 78)]
+    findings = list(problems(source, lambda caption: 78))
+    found = [(finding.kind, finding.story) for finding in findings]
     assert found == [
         ("missing image", 0),
         ("unreadable image", 0),
         *[("long caption", 0)] * 5,
         ("duplicate id", 1),
     ]
-    with pytest.raises(UserError, match="'a picnic/1' and 'a picnic-1'"):
-        require_unique(source)
+    assert findings[-1].message == "stories 0 and 1 are both 'a picnic-1'"

@@ -18,9 +18,9 @@ import pytest
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.loader import (
+    TokenizedStories,
     WaitMeter,
     batches,
-    evaluation_batches,
     open_stories,
     process_rows,
 )
@@ -30,7 +30,6 @@ from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.data.story_source import StorySource
 from contextualstory_jax.testing.published_folders import (
     write_flintstones,
-    write_pororo,
     write_story_folder,
 )
 from contextualstory_jax.utils.errors import UserError
@@ -58,8 +57,9 @@ def source(config) -> StorySource:
     return opened
 
 
-def take(count: int, *arguments, **options) -> list[dict[str, np.ndarray]]:
-    return list(itertools.islice(batches(*arguments, **options), count))
+def take(count: int, source, tokenize, *order, **options) -> list[dict[str, np.ndarray]]:
+    stories = TokenizedStories(source, tokenize)
+    return list(itertools.islice(batches(stories, *order, **options), count))
 
 
 def assert_same(some: list[dict[str, np.ndarray]], others: list[dict[str, np.ndarray]]) -> None:
@@ -149,14 +149,14 @@ WORKERS = """
 import itertools, sys
 import numpy as np
 from contextualstory_jax.config.train_config import DataConfig
-from contextualstory_jax.data.loader import batches, open_stories
+from contextualstory_jax.data.loader import TokenizedStories, batches, open_stories
 from tests.data.test_loader import tokenize
 
 if __name__ == "__main__":
     root, out, workers = sys.argv[1:]
     config = DataConfig(name="flintstones", root=root, seed=3, workers=int(workers))
     source = open_stories(config, "train", 16)
-    order = batches(source, tokenize, 2, 0, 1, workers=config.workers)
+    order = batches(TokenizedStories(source, tokenize), 2, 0, 1, workers=config.workers)
     taken = list(itertools.islice(order, 9))
     np.savez(out, **{f"{k}{i}": a for i, batch in enumerate(taken) for k, a in batch.items()})
 """
@@ -191,7 +191,7 @@ def test_memory_stays_flat_over_many_epochs(config, tmp_path, prepared):
         prepare(config, tmp_path / "out", size)
         config = dataclasses.replace(config, root=str(tmp_path / "out"))
     source = open_stories(config, "train", size)
-    an_epoch_each = batches(source, tokenize, len(source), 0)
+    an_epoch_each = batches(TokenizedStories(source, tokenize), len(source), 0)
     for _ in range(8):  # what is made once is made
         next(an_epoch_each)
     before = psutil.Process().memory_info().rss
@@ -200,57 +200,6 @@ def test_memory_stays_flat_over_many_epochs(config, tmp_path, prepared):
 
     assert read == epochs * len(source) * source[0].images.nbytes
     assert psutil.Process().memory_info().rss - before < read / 4
-
-
-# ------------------------------------------------------------------------------ evaluation
-
-
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory) -> StorySource:
-    root = write_pororo(tmp_path_factory.mktemp("pororo"))
-    opened = open_stories(DataConfig(name="pororo", root=str(root)), "train", SIZE)
-    assert isinstance(opened, StorySource)
-    return opened
-
-
-@pytest.mark.parametrize(("batch_size", "lengths"), [(3, [3, 3, 2]), (4, [4, 4]), (9, [8])])
-def test_evaluation_has_every_story_once_in_order_and_pads_the_last_batch(
-    eight, batch_size, lengths
-):
-    found = list(evaluation_batches(eight, tokenize, batch_size))
-
-    assert [len(batch.stories) for batch in found] == lengths
-    stories = [story for batch in found for story in batch.stories]
-    assert [s.story_id for s in stories] == [eight.story(i).story_id for i in range(8)]
-    for batch in found:
-        assert batch.mask.tolist() == [i < len(batch.stories) for i in range(batch_size)]
-        assert batch.images.shape == (batch_size, 5, SIZE, SIZE, 3)
-        assert batch.ids.shape == (batch_size, 5, 4)
-        for row, story in enumerate(batch.stories):
-            np.testing.assert_array_equal(batch.images[row], story.images)
-            np.testing.assert_array_equal(batch.ids[row], tokenize(story.sentences))
-
-
-def test_evaluation_takes_some_stories(eight):
-    found = list(evaluation_batches(eight, tokenize, 2, first=3, count=3))
-
-    assert [[s.story_id for s in batch.stories] for batch in found] == [
-        [eight.story(3).story_id, eight.story(4).story_id],
-        [eight.story(5).story_id],
-    ]
-
-
-def test_hosts_have_as_many_evaluation_batches_even_without_a_story(eight):
-    hosts = [
-        list(evaluation_batches(eight, tokenize, 6, rows=rows)) for rows in ([0, 1, 2], [3, 4, 5])
-    ]
-
-    assert [[batch.mask.tolist() for batch in host] for host in hosts] == [
-        [[True] * 3, [True, True, False]],
-        [[True] * 3, [False] * 3],
-    ]
-    assert hosts[1][1].stories == []
-    assert hosts[1][1].images.shape == (3, 5, SIZE, SIZE, 3)
 
 
 # ------------------------------------------------------------------------------ sources

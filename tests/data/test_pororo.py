@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.pororo import CHARACTERS, PororoSource
-from contextualstory_jax.data.sources import open_source, require_unique
+from contextualstory_jax.data.sources import open_source
 from contextualstory_jax.data.validation import problems
 from contextualstory_jax.testing.published_folders import (
     PORORO_IDS,
@@ -349,12 +350,10 @@ def test_problems_are_all_found(tmp_path):
         ("unreadable image", 3),
     ]
     assert "80 tokens, of which the model reads 77" in found[2].message
-    with pytest.raises(UserError, match="two stories share the id Pororo"):
-        require_unique(source)
 
 
 def test_sources_by_name(root):
-    source = open_source("pororo", root, "val", 16, policy="strict", captions="original", seed=3)
+    config = DataConfig(name="pororo", split_policy="strict", captions="original", seed=3)
+    source = open_source(config, root, "val", 16)
     assert isinstance(source, PororoSource) and source.captions == "original" and source.seed == 3
     assert firsts(source) == [TEN + "1"]
-    require_unique(source)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.sampling.prompts import (
-    StoryText,
+    Story,
     fit_image,
     folder_name,
     read_jsonl,
@@ -30,7 +30,7 @@ def line(**values: object) -> str:
 def test_a_text_file_holds_one_sentence_a_line(tmp_path):
     path = write(tmp_path / "story.txt", "\ufeffA café.\r\nTwo.\n\n \n")
 
-    assert read_txt(path) == StoryText(("A café.", "Two."), "story", None)
+    assert read_txt(path) == Story(("A café.", "Two."), "story", None)
 
 
 def test_a_jsonl_line_holds_a_story(tmp_path):
@@ -38,8 +38,8 @@ def test_a_jsonl_line_holds_a_story(tmp_path):
 
     first, second = read_jsonl(write(tmp_path / "stories.jsonl", text))
 
-    assert first == StoryText(("One.", "Two."), "a", tmp_path / "first.png")
-    assert second == StoryText(("x",), "Pororo_1/2", None)
+    assert first == Story(("One.", "Two."), "a", tmp_path / "first.png")
+    assert second == Story(("x",), "Pororo_1/2", None)
     assert folder_name(second.id) == "Pororo_1_2"
 
 
@@ -73,6 +73,8 @@ def test_a_text_file_without_text_is_refused(tmp_path, text, message):
     [
         ("{'id': 1}", ":2 is not JSON"),
         ('{"id": "b", ', ":2 is not JSON"),
+        ("[" * 100_000, ":2 is not JSON"),
+        ('{"id": ' + "1" * 5000 + "}", ":2 is not JSON"),
         ("[]", ":2 is not a JSON object"),
         ("{}", ":2 needs an id"),
         (line(id=3), ":2 needs an id"),

@@ -25,7 +25,7 @@ from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import DataConfig, TrainConfig
 from contextualstory_jax.data.latent_cache import EncodedStories, LatentCache, tabulate
-from contextualstory_jax.data.loader import TOKENIZER_DIR
+from contextualstory_jax.data.loader import TOKENIZER_DIR, TokenizedStories, training_source
 from contextualstory_jax.distributed.sharding import make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.storyflow import storyflow
@@ -122,10 +122,11 @@ def test_batches_are_those_of_training_without_it_in_every_epoch(recipe, cache, 
     null_ids = jnp.asarray(tokenizer([""])[0])
     encode_batch = jax.jit(lambda batch: encode(model, params, batch, null_ids))
     # Pickled, as processes that read get them.
-    stories = pickle.loads(pickle.dumps(open_latents(config, tokenizer)))
+    source = stories_on_disk(recipe)
+    stories = pickle.loads(pickle.dumps(open_latents(config, tokenizer, source)))
     first = 2  # as after a resume
-    plain = trainer.device_batches(recipe, mesh, tokenizer, first)
-    cached = trainer.device_batches(config, mesh, tokenizer, first, stories)
+    plain = trainer.device_batches(recipe, mesh, TokenizedStories(source, tokenizer), first)
+    cached = trainer.device_batches(config, mesh, stories, first)
 
     seen = []
     for _ in range(2 * len(stories)):  # several epochs
@@ -198,9 +199,10 @@ def test_a_cache_at_a_url_is_read_as_one_on_this_machine(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fsspec.filesystem("memory").put(str(cache.folder), "/bucket/latents", recursive=True)
 
-    there = open_latents(with_data(recipe, latents="memory://bucket/latents"), tokenizer)
+    source = stories_on_disk(recipe)
+    there = open_latents(with_data(recipe, latents="memory://bucket/latents"), tokenizer, source)
 
-    here = open_latents(with_cache(recipe, cache), tokenizer)
+    here = open_latents(with_cache(recipe, cache), tokenizer, source)
     assert tmp_path in there.cache.folder.parents
     jax.tree.map(np.testing.assert_array_equal, there.read([(0, 0)]), here.read([(0, 0)]))
 
@@ -274,9 +276,15 @@ def test_another_recipe_is_refused(recipe, cache, tokenizer, change, message):
 
 
 def refuses(config: TrainConfig, tokenizer: Tokenizer, message: str) -> None:
+    source = training_source(dataclasses.replace(config.data, name="flintstones"), 16)
     with pytest.raises(UserError, match=message) as caught:
-        open_latents(config, tokenizer)
+        open_latents(config, tokenizer, source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_images_that_are_not_square_is_refused(recipe):
+    with pytest.raises(UserError, match=r"model.height = 16 and model.width = 32 differ"):
+        stories_on_disk(with_model(recipe, width=32))
 
 
 def test_other_stories_are_refused(recipe, cache, tokenizer, tmp_path):

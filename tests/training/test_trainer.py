@@ -18,11 +18,18 @@ from PIL import Image
 
 from contextualstory_jax.checkpoints.layout import load_weights
 from contextualstory_jax.config.mesh_config import MeshConfig
-from contextualstory_jax.config.train_config import TrainConfig
-from contextualstory_jax.data.loader import TOKENIZER_DIR
+from contextualstory_jax.config.train_config import DataConfig, TrainConfig
+from contextualstory_jax.data import folder
+from contextualstory_jax.data.loader import (
+    TOKENIZER_DIR,
+    TokenizedStories,
+    held_out_source,
+    training_source,
+)
 from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
+from contextualstory_jax.testing.published_folders import write_story_folder
 from contextualstory_jax.training import start_state, trainer
 from contextualstory_jax.training.train_step import TrainState, init_state
 from contextualstory_jax.training.trainer import NonFiniteLoss, train_and_evaluate
@@ -41,7 +48,7 @@ def compiled_once() -> Iterator[None]:
 
     def make_new(model: StoryModel, config: TrainConfig, *arguments: Any) -> trainer.Step:
         loop = {"log_every": 1, "checkpoint_every": 1, "sample_every": 1, "max_minutes": None}
-        key = dataclasses.replace(config, **loop)
+        key = dataclasses.replace(config, data=DataConfig(), **loop)
         if key not in programs:
             programs[key] = make_train_step(model, config, *arguments)
         return programs[key]
@@ -71,8 +78,8 @@ def metrics(workdir: Path) -> list[dict[str, float]]:
     return lines
 
 
-def files(folder: Path) -> dict[Path, bytes | None]:
-    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+def files(root: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -106,6 +113,18 @@ def test_the_workdir_holds_all_of_the_run(whole, recipe, tiny_model_config):
     with Image.open(workdir / "samples" / "step_0000004.png") as picture:
         assert picture.size == (5 * 16, 2 * 16)  # originals above, drawn ones below
     assert int(state.step) == 4
+
+
+def test_each_split_is_opened_and_parsed_once(recipe, tmp_path, monkeypatch):
+    root = write_story_folder(tmp_path / "stories", counts={"train": 2, "test": 1})
+    data = DataConfig(name="folder", root=str(root))
+    parsed, read = [], folder._read
+    monkeypatch.setattr(folder, "_read", lambda path: (parsed.append(path), read(path))[1])
+
+    train_and_evaluate(dataclasses.replace(recipe, data=data), tmp_path / "run")
+
+    assert len(parsed) == 2  # for the training and for the test split
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
 
 
 def test_metrics_are_finite_and_of_every_step(whole):
@@ -262,7 +281,9 @@ def test_every_trained_parameter_has_a_gradient(recipe, tiny_model_config):
     )
     step = trainer.make_train_step(model, recipe, placement, state, tokenizer([""])[0])
 
-    state, _ = step(state, next(trainer.device_batches(recipe, placement.mesh, tokenizer, 0)))
+    stories = TokenizedStories(training_source(recipe.data, 16), tokenizer)
+
+    state, _ = step(state, next(trainer.device_batches(recipe, placement.mesh, stories, 0)))
 
     moments = state.opt_state[1][0].mu
     dead = [n for part in moments.values() for n, m in part.items() if not np.any(m)]
@@ -307,7 +328,7 @@ def test_the_loss_goes_down(recipe, tmp_path, no_samples):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: with_model(r, height=32), "model.height = 16, but the config says 32"),
+        (lambda r: with_model(r, height=32, width=32), "model.height = 16, but the config says 32"),
         (
             lambda r: with_model(
                 r, unet=dataclasses.replace(r.model.unet, first_frame_condition_mode="concat")
@@ -341,6 +362,10 @@ def test_a_workdir_of_another_shape_is_refused_and_stays_as_it_is(whole, recipe,
         (
             lambda r: dataclasses.replace(r, mesh=MeshConfig(data=3)),
             "mesh: .*'data': 3.* does not make up the 1 devices there are",
+        ),
+        (
+            lambda r: with_model(r, width=32),
+            "model.height = 16 and model.width = 32 differ, and the images of a dataset are square",
         ),
         (
             lambda r: with_model(
@@ -449,7 +474,8 @@ def test_the_validation_loss_is_the_same_for_the_same_weights(recipe, whole):
     config = dataclasses.replace(recipe, text_drop=1.0)
     model = StoryModel(config.model)
     tokenizer = Tokenizer(TOKENIZER_DIR, config.model.text_encoder.max_position_embeddings)
-    validate = trainer.validation(model, config, Placement(make_mesh(MeshConfig())), tokenizer)
+    placement, held_out = Placement(make_mesh(MeshConfig())), held_out_source(config.data, 16)
+    validate = trainer.validation(model, config, placement, tokenizer, held_out)
     other = dataclasses.replace(whole[0], ema_params=model.init(7))
 
     assert validate(whole[0]) == validate(whole[0]) > 0
