@@ -274,7 +274,7 @@ def print_about(checkpoint: str | None) -> None:
     """
     from contextualstory_jax.checkpoints.layout import read_model
     from contextualstory_jax.data.vocabulary import read_vocabulary
-    from contextualstory_jax.sampling.about import about
+    from contextualstory_jax.sampling.model_summary import about
     from contextualstory_jax.sampling.pretrained import find_checkpoint
 
     folder = find_checkpoint(checkpoint)

@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from contextualstory_jax.analysis.hlo import Collective, collectives, custom_calls, memory_traffic
 from contextualstory_jax.analysis.tpu_padding import padded_flops
 from contextualstory_jax.config.train_config import TrainConfig
+from contextualstory_jax.diffusion.denoising import State, make_sampler, padded
 from contextualstory_jax.diffusion.guidance import num_branches
-from contextualstory_jax.diffusion.samplers import State, make_sampler, padded
 from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.models.flops import (
     DEVICES,

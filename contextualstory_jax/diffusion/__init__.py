@@ -1,4 +1,4 @@
 """Noise schedules, losses, guidance and solvers: pure functions.
 
-May import `config`. Start with `samplers.py`.
+May import `config`. Start with `denoising.py`.
 """

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from contextualstory_jax.config.model_config import FrameInitConfig, SchedulerConfig
-from contextualstory_jax.diffusion.schedules import noise_schedule
+from contextualstory_jax.diffusion.noise_schedules import noise_schedule
 from contextualstory_jax.utils.errors import require
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from contextualstory_jax.diffusion.schedules import NoiseSchedule, snr, velocity
+from contextualstory_jax.diffusion.noise_schedules import NoiseSchedule, snr, velocity
 
 
 def training_target(

@@ -14,13 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from contextualstory_jax.config.model_config import UNetConfig
-from contextualstory_jax.models.attention import (
-    Attention,
-    FeedForward,
-    RotaryEmbedding,
-    attention,
-    seta_attention,
-)
+from contextualstory_jax.models.attention import Attention, FeedForward, RotaryEmbedding, attention
 from contextualstory_jax.models.embeddings import frame_position_table
 from contextualstory_jax.models.layers import (
     conv1x1,
@@ -32,6 +26,7 @@ from contextualstory_jax.models.layers import (
     uniform,
 )
 from contextualstory_jax.models.network import Params
+from contextualstory_jax.models.seta import seta_attention
 
 TEMPORAL_CONV_GROUPS = 32  # fixed in the original, whatever norm_num_groups says
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from contextualstory_jax.diffusion.samplers import initial_state, padded
+from contextualstory_jax.diffusion.denoising import initial_state, padded
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.sampling.arguments import Story, read_size, read_stories
 from contextualstory_jax.sampling.pipeline import StoryPipeline

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float32
 from contextualstory_jax.checkpoints.layout import load_weights, read_model
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.config.model_config import FrameInitConfig, SamplingConfig
+from contextualstory_jax.diffusion.denoising import Sampler, make_sampler
 from contextualstory_jax.diffusion.frameinit import make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
 from contextualstory_jax.diffusion.noise import story_key, story_noise
-from contextualstory_jax.diffusion.samplers import Sampler, make_sampler
 from contextualstory_jax.distributed.compilation import GenerationLog, use_compilation_cache
 from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.models.story_model import Parts, StoryModel, clamp

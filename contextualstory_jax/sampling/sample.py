@@ -20,9 +20,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, Key, Real, UInt8
 
+from contextualstory_jax.diffusion.denoising import Sampler, State, denoise, initial_state, padded
 from contextualstory_jax.diffusion.frameinit import FrameInit, mix
 from contextualstory_jax.diffusion.guidance import guide
-from contextualstory_jax.diffusion.samplers import Sampler, State, denoise, initial_state, padded
 from contextualstory_jax.distributed.multihost import compiled_together
 from contextualstory_jax.distributed.sharding import BATCH, HEADS, Placement, batch_ways
 from contextualstory_jax.models.blocks import TextKeysValues

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.loader import test_stories as held_out
-from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
+from contextualstory_jax.diffusion.noise_schedules import add_noise, noise_schedule
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.vae import decode_latents
 from contextualstory_jax.sampling.pipeline import StoryPipeline

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
 
@@ -20,16 +19,17 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
+from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, training_target
 from contextualstory_jax.diffusion.noise import story_noise
-from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
+from contextualstory_jax.diffusion.noise_schedules import add_noise, noise_schedule
 from contextualstory_jax.distributed.sharding import BATCH, HEADS, Placement
 from contextualstory_jax.models.fused_attention import attention_on
 from contextualstory_jax.models.story_model import Parts, StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.models.vae import Moments
-from contextualstory_jax.utils.errors import require
+from contextualstory_jax.training.optimizer import learning_rate, optimizer
+from contextualstory_jax.training.trainable import merge_parts, split_trainable
 
 
 @no_type_check  # of arrays here; JAX makes others, of shapes and of shardings
@@ -69,63 +69,6 @@ class RandomInputs(NamedTuple):
     timesteps: Int[Array, " b"]
     drop_text: Bool[Array, " b"]
     drop_first_frame: Bool[Array, " b"]
-
-
-def split_trainable(params: Parts, patterns: tuple[str, ...]) -> tuple[Parts, Parts]:
-    """Trained and frozen parameters, by regexes on `part.name`.
-
-    A tensor that nothing computes with is no parameter of ours, so every trained one has a
-    gradient. Raises `UserError` for a pattern that matches nothing.
-    """
-    paths = {f"{part}.{name}" for part, leaves in params.items() for name in leaves}
-    for pattern in patterns:
-        require(
-            any(re.fullmatch(pattern, path) for path in paths),
-            f"trainable: no parameter's path matches {pattern!r}; paths look like {min(paths)}",
-        )
-
-    def choose(trained: bool) -> Parts:
-        return {
-            part: {
-                name: leaf
-                for name, leaf in leaves.items()
-                if any(re.fullmatch(p, f"{part}.{name}") for p in patterns) == trained
-            }
-            for part, leaves in params.items()
-        }
-
-    return choose(True), choose(False)
-
-
-def merge_parts(first: Parts, second: Parts) -> Parts:
-    """The union of trained and frozen parameters."""
-    return {part: {**first[part], **second[part]} for part in first}
-
-
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of each step: linear warm-up, then constant or a cosine to zero."""
-    peak = config.learning_rate
-    after = (
-        optax.constant_schedule(peak)
-        if config.schedule == "constant"
-        else optax.cosine_decay_schedule(peak, max(steps - config.warmup_steps, 1))
-    )
-    warmup = optax.linear_schedule(0.0, peak, max(config.warmup_steps, 1))
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
-
-
-def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping and AdamW with decay on every trained tensor. Reference: train.py."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        ),
-    )
 
 
 def ema_decay(updates: Int[Array, ""], largest: float) -> Float[Array, ""]:

@@ -71,8 +71,8 @@ from contextualstory_jax.training.train_step import (
     TrainState,
     make_train_step,
     make_validation,
-    merge_parts,
 )
+from contextualstory_jax.training.trainable import merge_parts
 from contextualstory_jax.utils import interruption
 from contextualstory_jax.utils.atomic import atomic_path
 from contextualstory_jax.utils.errors import UserError, require

@@ -20,8 +20,8 @@ from PIL import Image
 from contextualstory_jax.checkpoints.layout import write_weights
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, story
+from contextualstory_jax.diffusion.denoising import make_sampler
 from contextualstory_jax.diffusion.guidance import num_branches
-from contextualstory_jax.diffusion.samplers import make_sampler
 from contextualstory_jax.models.flops import generation_flops
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer

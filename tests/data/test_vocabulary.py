@@ -17,7 +17,7 @@ from contextualstory_jax.data.vocabulary import (
     warnings,
     write_vocabulary,
 )
-from contextualstory_jax.sampling.about import about
+from contextualstory_jax.sampling.model_summary import about
 from contextualstory_jax.sampling.pipeline import SHIPPED
 from contextualstory_jax.testing.published_folders import write_story_folder
 from contextualstory_jax.utils.errors import UserError

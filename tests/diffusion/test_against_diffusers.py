@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.config.model_config import SamplingConfig, SchedulerConfig
-from contextualstory_jax.diffusion.samplers import SOLVERS, make_sampler, padded, step_noise
-from contextualstory_jax.diffusion.schedules import (
+from contextualstory_jax.diffusion.denoising import SOLVERS, make_sampler, padded, step_noise
+from contextualstory_jax.diffusion.noise_schedules import (
     add_noise,
     noise_schedule,
     sampling_timesteps,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.config.model_config import NoiseConfig, SchedulerConfig
+from contextualstory_jax.diffusion.denoising import padded, step_noise
 from contextualstory_jax.diffusion.guidance import guide, num_branches
 from contextualstory_jax.diffusion.losses import min_snr_weight, story_losses, training_target
 from contextualstory_jax.diffusion.noise import story_noise
-from contextualstory_jax.diffusion.samplers import padded, step_noise
-from contextualstory_jax.diffusion.schedules import (
+from contextualstory_jax.diffusion.noise_schedules import (
     add_noise,
     noise_schedule,
     noise_to_signal,

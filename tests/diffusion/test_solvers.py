@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.config.model_config import SamplingConfig, SchedulerConfig
-from contextualstory_jax.diffusion.samplers import (
+from contextualstory_jax.diffusion.denoising import (
     SOLVERS,
     Sampler,
     State,
@@ -19,7 +19,7 @@ from contextualstory_jax.diffusion.samplers import (
     make_sampler,
     padded,
 )
-from contextualstory_jax.diffusion.schedules import noise_schedule, noise_to_signal
+from contextualstory_jax.diffusion.noise_schedules import noise_schedule, noise_to_signal
 from contextualstory_jax.utils.errors import UserError
 from tests.helpers.sampling import sample
 

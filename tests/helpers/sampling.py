@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from contextualstory_jax.diffusion.samplers import Sampler, denoise, initial_state
+from contextualstory_jax.diffusion.denoising import Sampler, denoise, initial_state
 
 
 def sample(sampler: Sampler, predict, noise, keys, steps=None):

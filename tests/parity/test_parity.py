@@ -31,8 +31,8 @@ from contextualstory_jax.config.model_config import (
 )
 from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
 from contextualstory_jax.conversion import torch_names
-from contextualstory_jax.diffusion.samplers import make_sampler
-from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
+from contextualstory_jax.diffusion.denoising import make_sampler
+from contextualstory_jax.diffusion.noise_schedules import add_noise, noise_schedule
 from contextualstory_jax.models.story_model import StoryModel, clamp
 from contextualstory_jax.models.storyflow import storyflow
 from contextualstory_jax.sampling.prompts import read_jsonl
@@ -49,12 +49,12 @@ from contextualstory_jax.testing.parity_cases import (
     unet_inputs,
 )
 from contextualstory_jax.testing.released_folders import PREFIXES, write_folder
+from contextualstory_jax.training.optimizer import optimizer
 from contextualstory_jax.training.train_step import (
     RandomInputs,
     TrainState,
     init_state,
     loss,
-    optimizer,
     update,
 )
 from tests.parity.conftest import OWN, find_cases

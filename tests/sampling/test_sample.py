@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from contextualstory_jax.config.model_config import FrameInitConfig
+from contextualstory_jax.diffusion.denoising import Sampler, initial_state
 from contextualstory_jax.diffusion.frameinit import make_frameinit, mix
-from contextualstory_jax.diffusion.samplers import Sampler, initial_state
 from contextualstory_jax.models.spatial import per_branch
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.sampling.sample import Inputs, Scales, decode, prepare, take_steps

@@ -17,10 +17,11 @@ import pytest
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import OptimizerConfig, TrainConfig
-from contextualstory_jax.diffusion.schedules import add_noise, noise_schedule
+from contextualstory_jax.diffusion.noise_schedules import add_noise, noise_schedule
 from contextualstory_jax.distributed.sharding import Placement, make_mesh
 from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.models.vae import Moments
+from contextualstory_jax.training.optimizer import learning_rate
 from contextualstory_jax.training.train_step import (
     Batch,
     RandomInputs,
@@ -28,11 +29,10 @@ from contextualstory_jax.training.train_step import (
     ema_decay,
     encode,
     init_state,
-    learning_rate,
     loss,
-    split_trainable,
     train_step,
 )
+from contextualstory_jax.training.trainable import split_trainable
 from contextualstory_jax.utils.errors import UserError
 
 NULL_IDS = jnp.array([0])

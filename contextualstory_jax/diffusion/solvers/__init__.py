@@ -1,1 +1,1 @@
-"""Solvers, one function a module; `samplers.py` has their names. Start with `sampler.py`."""
+"""Solvers, one function a module; `denoising.py` has their names. Start with `sampler.py`."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from contextualstory_jax.config.model_config import SchedulerConfig
-from contextualstory_jax.diffusion.schedules import noise_to_signal, sampling_timesteps
+from contextualstory_jax.diffusion.noise_schedules import noise_to_signal, sampling_timesteps
 from contextualstory_jax.diffusion.solvers.multistep import multistep
 from contextualstory_jax.diffusion.solvers.sampler import Pairs, Sampler, clean_and_noise
 

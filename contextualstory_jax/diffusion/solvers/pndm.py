@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from contextualstory_jax.config.model_config import SchedulerConfig
-from contextualstory_jax.diffusion.schedules import noise_schedule, sampling_timesteps
+from contextualstory_jax.diffusion.noise_schedules import noise_schedule, sampling_timesteps
 from contextualstory_jax.diffusion.solvers.sampler import (
     Latents,
     Sampler,
