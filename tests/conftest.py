@@ -35,9 +35,6 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = config.cache.mkdir("jax")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-    # Tests run a program for a moment and compile it for minutes; parity is with all passes.
-    if not config.option.parity_dir:
-        os.environ.setdefault("XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true")
 
 
 # A model small enough to compile in seconds, with every module of the original in it. Imports are
