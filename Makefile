@@ -20,8 +20,9 @@ venv: .venv/installed-test ## make .venv with the package and what its tests nee
 demo: .venv/installed-test ## generate held-out stories, train a model for minutes, write demo/
 	$(VENV) scripts/demo.py --out demo
 
-# These tests run a program for a moment and take most of their time to compile it. `make slow` and
-# plain pytest compile as users do.
+# Tests run a program for a moment and take most of their time to compile it; the long ones run some
+# for minutes. Plain pytest, and `make heavy`, compile as users do.
+slow: export XLA_FLAGS := $(XLA_FLAGS) --xla_llvm_disable_expensive_passes=true
 test: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 test: .venv/installed-test ## run the tests (minutes, no network)
 	$(VENV) -m pytest $(PARALLEL)
