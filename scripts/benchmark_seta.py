@@ -32,10 +32,10 @@ from einops import rearrange
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what measures is not in an installation
 
-from contextualstory_jax.models import attention as models_attention  # noqa: E402
-from contextualstory_jax.models import temporal  # noqa: E402
-from contextualstory_jax.models.attention import attention, seta_attention  # noqa: E402
+from contextualstory_jax.models import seta, temporal  # noqa: E402
+from contextualstory_jax.models.attention import attention  # noqa: E402
 from contextualstory_jax.models.network import Network  # noqa: E402
+from contextualstory_jax.models.seta import seta_attention  # noqa: E402
 from contextualstory_jax.models.temporal import TemporalAttention  # noqa: E402
 from contextualstory_jax.utils.cli import ArgumentParser, run  # noqa: E402
 from contextualstory_jax.utils.errors import require  # noqa: E402
@@ -115,7 +115,7 @@ def tiles(size: int) -> Way:
     """The model's own way, with tiles of a size."""
 
     def tiled(*arguments: Any) -> jax.Array:
-        with mock.patch.object(models_attention, "SETA_TILE", size):
+        with mock.patch.object(seta, "SETA_TILE", size):
             return seta_attention(*arguments)
 
     return tiled
