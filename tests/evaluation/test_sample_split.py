@@ -65,7 +65,9 @@ def files(folder):
 # ------------------------------------------------------------- the command on the real datasets
 
 
-@pytest.fixture(scope="module", params=["pororo", "flintstones"])
+@pytest.fixture(
+    scope="module", params=["pororo", pytest.param("flintstones", marks=pytest.mark.slow)]
+)
 def evaluated(request, tiny_checkpoint, tiny_continuation_checkpoint, tmp_path_factory):
     """A dataset's name and folder, the model's, and what the command wrote of them.
 

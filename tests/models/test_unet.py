@@ -244,7 +244,11 @@ def test_skips_that_are_a_block_s_input_hold_the_first_frame(continuation, monke
     assert np.abs(resnet0 - conv_in).max() > 0.1  # what no block begins with is left alone
 
 
-@pytest.mark.parametrize("changes", [{}, {"first_frame_condition_mode": "conv2d"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"first_frame_condition_mode": "conv2d"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_branches_share_what_comes_before_the_text(changes):
     # Sample and first frame of one story, its null text and its text: as with all given twice.
     config = tiny(**changes)

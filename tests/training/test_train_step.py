@@ -218,7 +218,7 @@ def test_a_step_on_encoded_stories_is_that_on_the_stories(model, recipe):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulated_micro_batches_are_one_batch(model, recipe, parts):
     batches = [stories(0), stories(1)]
     accumulated = dataclasses.replace(recipe, accumulation_steps=parts)

@@ -166,7 +166,8 @@ def interrupt_after(
             train_and_evaluate(config, workdir)
 
 
-@pytest.mark.parametrize("steps", [1, 3])  # before the first checkpoint, and between two
+# Before the first checkpoint, and between two.
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     whole, recipe, tmp_path, monkeypatch, no_samples, steps
 ):
