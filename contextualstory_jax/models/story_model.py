@@ -60,8 +60,8 @@ class StoryModel:
 
     def encode_text(self, params: Parts, ids: Int[Array, "b f l"]) -> Float[Array, "b f l d"]:
         """Each sentence's tokens through the text encoder."""
-        tower = self.text_encoder.bind(params["text_encoder"], self.dtype)
-        return tower(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
+        text_encoder = self.text_encoder.bind(params["text_encoder"], self.dtype)
+        return text_encoder(ids.reshape(-1, ids.shape[-1])).reshape(*ids.shape, -1)
 
     def encode_images(
         self, params: Parts, images: Real[Array, "b f h w 3"], keys: Key[Array, " b"]
@@ -72,8 +72,8 @@ class StoryModel:
     def image_moments(self, params: Parts, images: Real[Array, "b f h w 3"]) -> Moments:
         """The posterior over unscaled latents, `b f p q c`, of levels 0 to 255."""
         b, f = images.shape[:2]
-        codec = self.vae.bind(params["vae"], self.dtype)
-        moments = codec.encode(pictures_to_float(images).reshape(b * f, *images.shape[2:]))
+        vae = self.vae.bind(params["vae"], self.dtype)
+        moments = vae.encode(pictures_to_float(images).reshape(b * f, *images.shape[2:]))
         return jax.tree.map(lambda x: x.reshape(b, f, *x.shape[1:]), moments)
 
     def sample(self, moments: Moments, keys: Key[Array, " b"]) -> Float[Array, "b f p q c"]:
@@ -88,9 +88,9 @@ class StoryModel:
     ) -> UInt8[Array, "b f h w 3"]:
         """Images of scaled latents."""
         b, f = latents.shape[:2]
-        codec = self.vae.bind(params["vae"], self.dtype)
+        vae = self.vae.bind(params["vae"], self.dtype)
         flat = latents.reshape(b * f, *latents.shape[2:])
-        images = pictures_to_uint8(decode_latents(codec, flat, self.config.vae.scaling_factor))
+        images = pictures_to_uint8(decode_latents(vae, flat, self.config.vae.scaling_factor))
         return images.reshape(b, f, *images.shape[1:])
 
     def contextualize(

@@ -140,8 +140,8 @@ def encode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
 
 def decode(model: StoryModel, params: Parts, x: Arrays) -> jax.Array:
     """Images of the latents, before they are cut to 8 bits."""
-    codec = model.vae.bind(params["vae"], model.dtype)
-    return decode_latents(codec, x["latents"][0], model.config.vae.scaling_factor)
+    vae = model.vae.bind(params["vae"], model.dtype)
+    return decode_latents(vae, x["latents"][0], model.config.vae.scaling_factor)
 
 
 # In the order of a story's way: a row's name, the array that the module adds, and the module.
