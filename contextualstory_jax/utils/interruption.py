@@ -13,6 +13,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import glob
+import itertools
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from pathlib import Path
 
 STATUS = 130  # as shells report a program that Ctrl-C ended
 HALT_SECONDS = 0.3  # to wait for the main thread, which may be inside XLA
-REMOVALS = 20  # of files that other threads still write
+ATTEMPTS = 100  # to replace a folder that other threads make again
 
 
 class Interrupted(BaseException):
@@ -184,19 +185,30 @@ def _say(line: str) -> None:
 
 
 def _remove_all(patterns: Sequence[str]) -> None:
-    """Remove files and folders, again while other threads still write into them."""
-    for _ in range(REMOVALS):
-        if not any([_remove(pattern) for pattern in patterns]):
-            break
-
-
-def _remove(pattern: str) -> bool:
-    """Remove files and folders; whether there were any."""
-    found = glob.glob(pattern)
-    for path in found:
+    """Remove files and folders, and keep threads that still write from making them again."""
+    moved, placed = [], []
+    for path in itertools.chain.from_iterable(map(glob.glob, patterns)):
         if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-    return bool(found)
+            moved += _replace_by_file(path)
+        placed.append(path)
+    for folder in moved:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in placed:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _replace_by_file(folder: str) -> list[str]:
+    """Put an empty file in the place of a folder, where nobody can then make a folder of that name.
+
+    Returns:
+        Where the folder lies now, and each that was made again before the file was.
+    """
+    moved = []
+    for number in range(ATTEMPTS):
+        with contextlib.suppress(OSError):
+            os.rename(folder, f"{folder}.{number}")
+            moved.append(f"{folder}.{number}")
+            os.close(os.open(folder, os.O_CREAT | os.O_EXCL))
+            break
+    return moved

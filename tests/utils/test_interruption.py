@@ -142,6 +142,34 @@ with interruption.removing(Path("[a]*")), interruption.removing(Path("folder"), 
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["kept"]
 
 
+def test_a_folder_is_removed_while_threads_write_into_it(start, tmp_path):
+    process = start("""
+import os, threading
+
+def write():
+    number = 0
+    while True:
+        number += 1
+        try:
+            os.makedirs(f"folder/{number % 10}", exist_ok=True)
+            Path(f"folder/{number % 10}/{number}").touch()
+        except FileNotFoundError:  # removed since: make it again, as tensorstore does
+            continue
+
+with interruption.removing(Path("folder")):
+    for _ in range(4):
+        threading.Thread(target=write, daemon=True).start()
+    while len(list(Path("folder").glob("*/*"))) < 100:
+        pass
+    deaf()
+""")
+
+    interrupt(process)
+
+    end(process)
+    assert {path.name for path in tmp_path.iterdir()} == {"command.py"}
+
+
 def test_processes_it_started_neither_hear_it_nor_stay(start):
     process = start("""
 from multiprocessing import get_context
