@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 
 OWN = Path(__file__).parent / "cases"
-# Of the complete UNets, which take the longest to compile: both tasks, training and all guidance.
-SHORT_UNETS = ("unet_sv_train", "unet_sc_sample_both")
+# Of the complete UNets, which take the longest to compile.
+SHORT_UNET = "unet_sv_train"
 # They take minutes to compile, and cases of the same kinds stay among the slow ones.
-HEAVY = ("gradient_sv_6x9", "gradient_sv_10x6", "gradient_frame_stride", "train_sc")
+HEAVY = (
+    "gradient_sv_6x9",
+    "gradient_sv_10x6",
+    "gradient_sc_5x7",
+    "gradient_frame_stride",
+    "train_sc",
+)
 
 
 def find_cases(folder: Path) -> list[Path]:
@@ -42,6 +48,6 @@ def marks(case: Path) -> list[pytest.MarkDecorator]:
         return [pytest.mark.heavy]
     kind = json.loads(case.read_text())["kind"]
     is_long = kind in ("gradient", "train", "pipeline") or (
-        kind == "unet" and name(case) not in SHORT_UNETS
+        kind == "unet" and name(case) != SHORT_UNET
     )
     return [pytest.mark.slow] if is_long and case.is_relative_to(OWN) else []

@@ -19,20 +19,22 @@ from contextualstory_jax.testing.parity_cases import (
     compare,
     relative_error,
 )
-from tests.parity.conftest import OWN, SHORT_UNETS, find_cases, name
+from tests.parity.conftest import OWN, SHORT_UNET, find_cases, name
 
 MODULES, UNETS = 2e-2, 6e-2
+SLOW, HEAVY = pytest.mark.slow, pytest.mark.heavy
 
+# Visualization's training pass, and continuation with all guidance.
+UNET_CASES = (SHORT_UNET, "unet_sc_sample_both")
 CASES = [
-    path
+    pytest.param(path, id=name(path), marks=HEAVY if name(path) == SHORT_UNET else SLOW)
     for path in find_cases(OWN)
     if (kind := json.loads(path.read_text())["kind"]) in COMPARE
-    and (kind != "unet" or name(path) in SHORT_UNETS)
+    and (kind != "unet" or name(path) in UNET_CASES)
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", CASES, ids=name)
+@pytest.mark.parametrize("path", CASES)
 def test_bfloat16_is_as_close_as_its_rounding(path: Path) -> None:
     with jax.default_matmul_precision("default"):
         for found in compare(Case(path, jnp.bfloat16)):

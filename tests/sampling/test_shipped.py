@@ -87,6 +87,7 @@ def test_other_seeds_draw_other_pictures(pipeline):
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_generates_the_story_of_the_readme_right(tmp_path):
     readme = (ROOT / "README.md").read_text()
     [command] = re.findall(

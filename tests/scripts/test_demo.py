@@ -16,7 +16,7 @@ def demo(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_demo_ends_in_a_storybook_and_can_run_again(tmp_path):
     for _ in range(2):
         done = demo("--out", tmp_path, "--train-minutes", 0.01, "--stories", 8)
