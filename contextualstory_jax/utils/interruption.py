@@ -140,9 +140,10 @@ def end_at_once() -> None:
 def end() -> None:
     """End the process now, with the processes that it started; remove what is temporary."""
     try:
-        if "multiprocessing" in sys.modules:
-            for child in sys.modules["multiprocessing"].active_children():
-                child.kill()
+        # Absent before there can be children: also while the main thread imports the module.
+        children = getattr(sys.modules.get("multiprocessing"), "active_children", tuple)
+        for child in children():
+            child.kill()
         _remove_all(list(_temporary))
     finally:
         os._exit(STATUS)  # the main thread may be inside XLA, and threads wait for one another

@@ -170,6 +170,22 @@ with interruption.removing(Path("folder")):
     assert {path.name for path in tmp_path.iterdir()} == {"command.py"}
 
 
+def test_what_is_temporary_is_removed_while_a_module_is_imported(start, tmp_path):
+    (tmp_path / "multiprocessing.py").write_text("deaf()\ndef active_children(): ...\n")
+    process = start("""
+import builtins
+builtins.deaf = deaf
+with interruption.removing(Path("folder")):
+    Path("folder").mkdir()
+    import multiprocessing
+""")
+
+    interrupt(process)
+
+    end(process)
+    assert not (tmp_path / "folder").exists()
+
+
 def test_processes_it_started_neither_hear_it_nor_stay(start):
     process = start("""
 from multiprocessing import get_context
