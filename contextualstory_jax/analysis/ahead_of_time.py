@@ -231,6 +231,8 @@ def generation(config: TrainConfig, devices: Sequence[Any], stories: int | None 
         keys,
         keys,
         _array(mesh, BATCH, picture, jnp.uint8) if about.unet.is_continuation else None,
+        _array(mesh, BATCH, (b, f), jnp.bool_),
+        _array(mesh, BATCH, shape, jnp.float32),
     )
     everywhere = PartitionSpec()
     solver = make_sampler(about.scheduler, sampling)

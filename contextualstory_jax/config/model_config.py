@@ -329,6 +329,9 @@ class ModelConfig:
     height: int = 256  # pixels of the training images, and of generated ones by default
     width: int = 256
     sampling: SamplingConfig = SamplingConfig()
+    # How the network sees frames that sampling keeps: clean, if it was trained so
+    # (`keep_frames_probability`); by default at their timestep's noise level, like all others.
+    kept_frames: Literal["clean"] | None = None
 
     def __post_init__(self) -> None:
         require(

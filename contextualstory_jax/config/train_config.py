@@ -79,6 +79,7 @@ class TrainConfig:
     trainable: tuple[str, ...] = (r"unet\..*",)  # regexes on `part.path`; the rest is frozen
     text_drop: float = 0.1
     first_frame_drop: float = 0.1
+    keep_frames_probability: float = 0.0  # of a story having some of its frames given clean
     snr_gamma: float | None = 5.0
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps
@@ -101,7 +102,12 @@ class TrainConfig:
                 check_range(self, "", (name,), 1)
         for pattern in self.trainable:
             check_pattern("trainable", pattern)
-        check_range(self, "", ("text_drop", "first_frame_drop"), 0, 1)
+        check_range(self, "", ("text_drop", "first_frame_drop", "keep_frames_probability"), 0, 1)
+        require(
+            self.keep_frames_probability == 0 or self.model.kept_frames == "clean",
+            f"keep_frames_probability = {self.keep_frames_probability} trains a model that sees "
+            "kept frames clean; set model.kept_frames = 'clean' too",
+        )
         require(
             self.max_minutes is None or self.max_minutes > 0,
             f"max_minutes must be positive; got {self.max_minutes}",

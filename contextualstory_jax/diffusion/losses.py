@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from contextualstory_jax.diffusion.noise_schedules import NoiseSchedule, snr, velocity
 
@@ -41,8 +41,14 @@ def min_snr_weight(
 
 
 def story_losses(
-    prediction: Float[Array, "b ..."], target: Float[Array, "b ..."], weight: Float[Array, "b"]
+    prediction: Float[Array, "b ..."],
+    target: Float[Array, "b ..."],
+    weight: Float[Array, "b"],
+    keep: Bool[Array, "b f"] | None = None,
 ) -> Float[Array, "b"]:
-    """The weighted mean squared error of each story, in float32."""
+    """The weighted mean squared error of each story, over the frames not kept, in float32."""
     error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
-    return weight * jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
+    if keep is None:
+        return weight * jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
+    of_frames = jnp.mean(error**2, axis=tuple(range(2, error.ndim)))
+    return weight * jnp.mean(of_frames, axis=1, where=~keep)

@@ -22,15 +22,26 @@ def story_key(seed: int, story_id: str) -> Key[Array, ""]:
 
 
 def story_noise(
-    key: Key[Array, ""], shape: tuple[int, int, int, int], config: NoiseConfig
+    key: Key[Array, ""],
+    shape: tuple[int, int, int, int],
+    config: NoiseConfig,
+    shared_from: Key[Array, ""] | None = None,
 ) -> Float[Array, "f h w c"]:
     """Sample noise of shape (f, h, w, c), standard normal in every entry.
 
     Mixed noise correlates any two frames by a^2 / (1 + a^2), with a = `config.alpha`; progressive
     noise correlates frames n apart by (a^2 / (1 + a^2))^(n/2). Map it over one key a story, so that
     a story's noise does not depend on its batch. Reference: train.py; pipeline `prepare_latents`.
+
+    Args:
+        key: of the story.
+        shape: frames, height, width, channels.
+        config: the correlation.
+        shared_from: the key of another noise, whose shared part mixed noise then has.
     """
     own_key, shared_key = jax.random.split(key)
+    if shared_from is not None:
+        _, shared_key = jax.random.split(shared_from)
     own = jax.random.normal(own_key, shape)
     if config.kind == "vanilla":
         return own

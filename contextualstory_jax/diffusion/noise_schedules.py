@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int, Int64
+from jaxtyping import Array, Float, Float64, Int, Int64, Num
 
 from contextualstory_jax.config.model_config import SchedulerConfig
 from contextualstory_jax.utils.errors import require
@@ -92,7 +92,7 @@ def sampling_timesteps(
 
 
 def noise_to_signal(
-    config: SchedulerConfig, timesteps: Int64[np.ndarray, "t"] | Float64[np.ndarray, "t"]
+    config: SchedulerConfig, timesteps: Num[np.ndarray, "t"]
 ) -> Float64[np.ndarray, "t"]:
     """The ratio sigma / signal at each timestep, interpolated linearly between integer ones.
 
@@ -103,6 +103,15 @@ def noise_to_signal(
         # Parity: float16's smallest number in place of 0, so that the ratio stays finite.
         alpha[-1] = 2.0**-24
     return np.interp(timesteps, np.arange(len(alpha)), np.sqrt((1 - alpha) / alpha))
+
+
+def signal_and_sigma(
+    config: SchedulerConfig, timesteps: Num[np.ndarray, "t"]
+) -> Float64[np.ndarray, "t 2"]:
+    """The factors of clean latents and of noise at timesteps that need not be integers."""
+    ratio = noise_to_signal(config, timesteps)
+    signal = 1 / np.sqrt(ratio**2 + 1)
+    return np.stack([signal, ratio * signal], axis=-1)
 
 
 def add_noise(

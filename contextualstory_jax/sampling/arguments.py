@@ -19,16 +19,18 @@ from contextualstory_jax.config.model_config import (
     CameraMotion,
     FrameInitConfig,
     ModelConfig,
+    NoiseConfig,
     SamplingConfig,
     UNetConfig,
 )
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.images import read_image, to_rgb
-from contextualstory_jax.sampling.prompts import Story, check_text, fit_image
+from contextualstory_jax.sampling.prompts import Kept, Story, check_text, fit_image
 from contextualstory_jax.sampling.sample import fill
 from contextualstory_jax.utils.errors import require
 
 OutputType = Literal["np", "pil", "latent"]
+SEEDS = (0, 2**32 - 1)
 FirstFrame = Image.Image | UInt8[np.ndarray, "_ _ 3"] | str | os.PathLike[str]
 
 
@@ -290,6 +292,105 @@ def read_latents(latents: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "b
     )
     require(bool(np.isfinite(array).all()), "latents must be finite; sample them again")
     return array
+
+
+def read_seeds(seed: Any, stories: int) -> list[int]:
+    """A seed for each story, of one for all or a sequence of one each.
+
+    Raises `UserError` where there are too few or too many, and for what is no seed.
+    """
+    if not isinstance(seed, list | tuple | np.ndarray):
+        return [check_integer("seed", seed, *SEEDS)] * stories
+    require(
+        len(seed) == stories,
+        f"seed must be an integer or {stories}, one a story; got {shown(seed)}",
+    )
+    return [check_integer(f"seed[{i}]", value, *SEEDS) for i, value in enumerate(seed)]
+
+
+def check_shared_noise(seed: Any, initial_latents: Any, noise: NoiseConfig) -> None:
+    """Raise `UserError` unless the noise that is sampled has a shared part for this seed."""
+    if seed is None:
+        return
+    check_integer("shared_noise_seed", seed, *SEEDS)
+    require(
+        noise.kind == "pyoco_mixed",
+        f"shared_noise_seed is for noise with a shared part, and this model's is {noise.kind}; "
+        "leave it out",
+    )
+    require(
+        initial_latents is None,
+        "shared_noise_seed is for noise that is sampled, and latents are given; leave one out",
+    )
+
+
+def read_kept(
+    kept: Any, stories: int, shape: tuple[int, ...], size: tuple[int, int]
+) -> list[Kept | None]:
+    """The frames that each story keeps, None where it keeps none.
+
+    Args:
+        shape: of a story's latents.
+        size: height and width of its images.
+
+    Raises:
+        UserError: where there are too few or too many, and where they do not fit the model.
+    """
+    if kept is None:
+        return [None] * stories
+    require(
+        isinstance(kept, list | tuple) and len(kept) == stories,
+        f"kept must be a list of {stories}, a Kept or None for each story; got {shown(kept)}",
+    )
+    for i, one in enumerate(kept):
+        if one is not None:
+            _check_kept(f"kept[{i}]", one, shape, size)
+    return list(kept)
+
+
+def _check_kept(name: str, kept: Any, shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    require(isinstance(kept, Kept), f"{name} must be a Kept or None; got {shown(kept)}")
+    keep = np.array(kept.keep)
+    require(
+        keep.dtype == bool and keep.shape == shape[:1],
+        f"{name}: keep must be {shape[0]} booleans, one a frame; got {shown(kept.keep)}",
+    )
+    require(
+        not keep.all(), f"{name} keeps every frame, and nothing is generated; keep fewer of them"
+    )
+    for part, dtype, expected in (
+        ("images", np.uint8, (*shape[:1], *size, 3)),
+        ("latents", np.float32, shape),
+    ):
+        array = getattr(kept, part)
+        if part == "latents" and array is None:
+            return
+        require(
+            isinstance(array, np.ndarray) and (array.dtype, array.shape) == (dtype, expected),
+            f"{name}: {part} must be {np.dtype(dtype)} of shape {expected} for this model and "
+            "size; got "
+            + (
+                f"{array.dtype} of shape {array.shape}"
+                if isinstance(array, np.ndarray)
+                else shown(array)
+            ),
+        )
+    require(
+        bool(np.isfinite(kept.latents[keep]).all()),
+        f"{name}: latents must be finite; give None, and the images are encoded",
+    )
+
+
+def read_frames(frames: Any, unet: UNetConfig) -> list[int]:
+    """Numbers of frames to generate again. Raises `UserError` for those that cannot be."""
+    first, last = int(unet.is_continuation), unet.n_frames - 1
+    numbers = list(frames) if isinstance(frames, list | tuple | range) else []
+    require(
+        len(numbers) > 0,
+        f"frames must be a list of the frames to generate again, in {first}..{last}; got "
+        + shown(frames),
+    )
+    return [check_integer(f"frames[{i}]", n, first, last) for i, n in enumerate(numbers)]
 
 
 def as_output(

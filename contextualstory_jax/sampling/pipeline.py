@@ -16,15 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float32
+from jaxtyping import Float32
 
 from contextualstory_jax.checkpoints.layout import load_weights, read_model
 from contextualstory_jax.config.mesh_config import MeshConfig
 from contextualstory_jax.config.model_config import FrameInitConfig, SamplingConfig
-from contextualstory_jax.diffusion.denoising import Sampler, make_sampler
+from contextualstory_jax.diffusion.denoising import make_sampler
 from contextualstory_jax.diffusion.frameinit import make_frameinit
 from contextualstory_jax.diffusion.guidance import num_branches
-from contextualstory_jax.diffusion.noise import story_key, story_noise
 from contextualstory_jax.distributed.compilation import GenerationLog, use_compilation_cache
 from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.models.story_model import Parts, StoryModel, clamp
@@ -36,24 +35,26 @@ from contextualstory_jax.sampling.arguments import (
     check_choice,
     check_frameinit,
     check_integer,
+    check_shared_noise,
     check_stories,
     put_first_frames,
+    read_kept,
     read_latents,
     read_negative_prompt,
-    read_replaced_latents,
     read_sampling,
+    read_seeds,
     read_size,
     read_stories,
     read_storyflow,
     shown,
 )
-from contextualstory_jax.sampling.camera_motion import film
+from contextualstory_jax.sampling.batch_inputs import batch_inputs, with_kept_images
+from contextualstory_jax.sampling.callbacks import StepCallback, after_each_step
 from contextualstory_jax.sampling.pretrained import SHIPPED, find_checkpoint
-from contextualstory_jax.sampling.prompts import Story
+from contextualstory_jax.sampling.prompts import Kept, Story
+from contextualstory_jax.sampling.regeneration import S, regenerate
 from contextualstory_jax.sampling.sample import (
-    AfterStep,
     Generated,
-    Inputs,
     Request,
     Scales,
     bucket,
@@ -66,11 +67,6 @@ from contextualstory_jax.utils.errors import require
 
 DTYPES = ("float32", "bfloat16")
 BATCH_SIZE = 8  # stories at once, where nothing else is said
-
-
-# Called after each step with the pipeline, the step's number and timestep, and `{"latents": ...}`,
-# channels last, in the solver's scale; returns those to replace, or None.
-StepCallback = Callable[["StoryPipeline", int, int | float, dict[str, Any]], dict[str, Any] | None]
 
 
 class StoryPipeline:
@@ -261,6 +257,27 @@ class StoryPipeline:
             progress(len(batch.images))
         return Generated(*map(np.concatenate, zip(*batches, strict=True)))
 
+    def regenerate(
+        self, story: S, frames: Sequence[int], *, seed: int = 0, near: bool = False, **options: Any
+    ) -> S:
+        """Generate some frames of a story again; the others stay, byte for byte.
+
+        Args:
+            story: a dataclass with `story`, `images`, `latents` and `seeds`, such as a story
+                folder's content.
+            frames: numbers of the frames to generate, from 0; in continuation from 1.
+            seed: of the new frames.
+            near: whether they stay near to the old ones, by the part of the noise that is shared.
+            options: those of `draw_batches`; the size is that of the images.
+
+        Returns:
+            The story with new images, latents and seeds.
+
+        Raises:
+            UserError: a `ValueError`, for input that does not fit the model.
+        """
+        return regenerate(self, story, frames, seed, near, options)
+
     def compile(
         self,
         *,
@@ -302,6 +319,7 @@ class StoryPipeline:
         self,
         stories: Sequence[Story],
         *,
+        kept: Sequence[Kept | None] | None = None,
         callback_on_step_end: StepCallback | None = None,
         **options: Any,
     ) -> Iterator[Generated]:
@@ -309,6 +327,7 @@ class StoryPipeline:
 
         Args:
             stories: with their first frames, in continuation.
+            kept: for each story the frames that stay, byte for byte, and that others are to fit.
             callback_on_step_end: a `StepCallback`; that it is called changes no bit of the result.
             options: those of `requests`.
 
@@ -320,13 +339,18 @@ class StoryPipeline:
             f"callback_on_step_end must be a function; got {shown(callback_on_step_end)}",
         )
         self.interrupt = False
-        for request, real in self.requests(stories, **options):
+        start = 0
+        for request, real in self.requests(stories, kept=kept, **options):
             after_step = None
             if callback_on_step_end is not None:
-                after_step = self._after_step(callback_on_step_end, request.sampler, real)
+                after_step = after_each_step(
+                    callback_on_step_end, self, self._place, request.sampler, real
+                )
             self._log.before((request.branches, request.inputs.noise.shape, request.sampler.step))
             generated = generate(self._programs, self.params, request, after_step)
-            yield Generated(*(np.asarray(array)[:real] for array in generated))
+            generated = Generated(*(np.asarray(array)[:real] for array in generated))
+            yield with_kept_images(generated, kept[start : start + real]) if kept else generated
+            start += real
             if self.interrupt:
                 return
 
@@ -334,7 +358,9 @@ class StoryPipeline:
         self,
         stories: Sequence[Story],
         *,
-        seed: int = 0,
+        kept: Sequence[Kept | None] | None = None,
+        seed: int | Sequence[int] = 0,
+        shared_noise_seed: int | None = None,
         sampling: SamplingConfig | None = None,
         size: tuple[int, int] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
@@ -348,7 +374,11 @@ class StoryPipeline:
 
         Args:
             stories: with their first frames, in continuation.
-            seed: 0 to 2^32 - 1; with a story's id it decides its noise.
+            kept: for each story the frames that stay, if any.
+            seed: 0 to 2^32 - 1, for all stories or one each; with a story's id it decides its
+                noise.
+            shared_noise_seed: the seed of the part of the noise that a story's frames share, to
+                stay near to what that seed gave; by default that of `seed`.
             sampling: steps, scheduler and scales; by default the model's own.
             size: height and width in pixels; by default the model's own.
             negative_prompt: the text that guidance leads away from, one for all frames or one
@@ -366,13 +396,15 @@ class StoryPipeline:
         height, width = read_size(config, *(size or (None, None)))
         shape = (config.unet.n_frames, *config.latent_size(height, width), config.unet.in_channels)
         sampling = read_sampling(config, sampling)
-        sampler = make_sampler(config.scheduler, sampling)
+        sampler = make_sampler(config.scheduler, sampling, config.kept_frames)
         motion = self.storyflow if storyflow is None else read_storyflow(storyflow, config.unet)
         check_stories(stories, config.unet, None if camera_motion else (height, width))
         check_frameinit(frameinit, camera_motion, config.unet)
         null_ids = self.tokenizer(read_negative_prompt(negative_prompt, config.unet.n_frames))
         mixing = frameinit and make_frameinit(frameinit, config.scheduler, shape[:3])
-        seed = check_integer("seed", seed, 0, 2**32 - 1)
+        kept = read_kept(kept, len(stories), shape, (height, width))
+        seeds = read_seeds(seed, len(stories))
+        check_shared_noise(shared_noise_seed, initial_latents, config.noise)
         batch_size = check_integer("batch_size", batch_size, 1)
         if initial_latents is not None:
             initial_latents = read_latents(initial_latents, (len(stories), *shape))
@@ -383,9 +415,20 @@ class StoryPipeline:
         for start in range(0, len(stories), batch_size):
             real = min(batch_size, len(stories) - start)
             chosen = fill(range(start, start + real), batch_size)
-            inputs = self._inputs([stories[i] for i in chosen], seed, shape, camera_motion)
+            inputs = batch_inputs(
+                config,
+                self.tokenizer,
+                [stories[i] for i in chosen],
+                [seeds[i] for i in chosen],
+                kept[start : start + real],
+                shape,
+                functools.partial(self._programs.encode, self.params),
+                shared_noise_seed,
+                camera_motion,
+            )
             if initial_latents is not None:
-                inputs = inputs._replace(noise=self._place(initial_latents[chosen]))
+                inputs = inputs._replace(noise=initial_latents[chosen])
+            inputs = jax.tree.map(self._place, inputs)
             request = Request(branches, inputs, null_ids, motion, sampler, scales, mixing)
             yield request, real
 
@@ -394,44 +437,6 @@ class StoryPipeline:
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):  # which JAX moves in one process alone
             return jax.random.wrap_key_data(self._place(jax.random.key_data(array)))
         return jax.device_put(array, NamedSharding(self.mesh, BATCH))
-
-    def _inputs(
-        self,
-        stories: Sequence[Story],
-        seed: int,
-        shape: tuple[int, int, int, int],
-        camera_motion: str | None = None,
-    ) -> Inputs:
-        ids = jnp.stack([self.tokenizer(story.sentences) for story in stories])
-        keys = jnp.stack([story_key(seed, story.id) for story in stories])
-        noise_keys, step_keys, frame_keys = jax.vmap(
-            lambda key: jax.random.split(key, 3), out_axes=1
-        )(keys)
-        noise = jax.vmap(lambda key: story_noise(key, shape, self.model.config.noise))(noise_keys)
-        given = [
-            np.asarray(story.first_frame) for story in stories if story.first_frame is not None
-        ]
-        if camera_motion is None:
-            clips = [frame[None] for frame in given]
-        else:
-            f, *sides = shape[:3]
-            height, width = (side * self.model.config.vae.factor for side in sides)
-            clips = [film(frame, camera_motion, f, height, width) for frame in given]
-        first_frames = jnp.stack(clips) if clips else None
-        return jax.tree.map(self._place, Inputs(ids, noise, step_keys, frame_keys, first_frames))
-
-    def _after_step(self, callback: StepCallback, sampler: Sampler, real: int) -> AfterStep:
-        """The callback for a batch of which the first `real` stories are asked for."""
-
-        def after_step(step: int, latents: Array) -> tuple[Array, bool]:
-            shown = jnp.array(latents[:real], copy=True)  # the next step overwrites its own
-            given = callback(self, step, sampler.timesteps[step].item(), {"latents": shown})
-            replaced = (given or {}).get("latents", shown)
-            if replaced is not shown:
-                latents = self._place(read_replaced_latents(replaced, shown.shape, len(latents)))
-            return latents, not self.interrupt
-
-        return after_step
 
 
 @functools.partial(jax.jit, static_argnums=1)

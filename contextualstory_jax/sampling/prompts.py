@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 from contextualstory_jax.utils.errors import UserError, require
@@ -25,6 +25,14 @@ class Story(NamedTuple):
     id: str = "story"  # with the seed it decides the noise
     # A path until it is read; then of the size to generate, or of any for a camera to move over.
     first_frame: UInt8[np.ndarray, "h w 3"] | Path | None = None
+
+
+class Kept(NamedTuple):
+    """Frames of a story that are not generated; of `images` and `latents` only those are read."""
+
+    images: UInt8[np.ndarray, "f h w 3"]
+    latents: Float32[np.ndarray, "f p q c"] | None  # None: the VAE encodes the images
+    keep: tuple[bool, ...]  # one for each frame
 
 
 def folder_name(story_id: str) -> str:

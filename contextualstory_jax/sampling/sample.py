@@ -4,7 +4,8 @@ Three functions, each compiled once for a size of batch, run one after the other
 what no step changes: text encoder, contextualizer, keys and values, the first frame. `steps` takes
 the denoising steps from one number up to another, in a loop whose bounds are inputs. `decode` is
 the VAE. Scheduler tables, scales, eta, StoryFlow values and FrameInit's filter are arguments as
-well: changing them compiles nothing, and Python may read the latents between any two steps.
+well, and so are the frames to keep: changing them compiles nothing, and Python may read the latents
+between any two steps. A fourth, `encode`, is for kept images whose latents are not known.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int, Key, Real, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, Real, UInt8
 
-from contextualstory_jax.diffusion.denoising import Sampler, State, denoise, initial_state, padded
+from contextualstory_jax.diffusion.denoising import (
+    KeptFrames,
+    Sampler,
+    State,
+    denoise,
+    initial_state,
+    padded,
+)
 from contextualstory_jax.diffusion.frameinit import FrameInit, mix
 from contextualstory_jax.diffusion.guidance import guide
 from contextualstory_jax.distributed.multihost import compiled_together
@@ -42,6 +50,8 @@ class Inputs(NamedTuple):
     step_keys: Key[Array, " b"]  # of stochastic samplers
     frame_keys: Key[Array, " b"]  # of the first frame's posterior
     first_frame: Real[Array, "b g h w 3"] | None  # held still, g = 1, or filmed, g = f; 0..255
+    keep: Bool[Array | np.ndarray, "b f"]  # frames that are not generated
+    clean: Float[Array | np.ndarray, "b f p q c"]  # their latents
 
 
 class Scales(NamedTuple):
@@ -70,6 +80,7 @@ class Conditioning(NamedTuple):
     text: list[TextKeysValues]  # of all branches of guidance
     clean_first: Float[Array, "b 1 p q c"] | None  # latents of the first frame
     first_frame: Float[Array, "bn p q c"] | None  # the network's, of all branches where they differ
+    kept: KeptFrames  # without the first, in continuation
     step_keys: Key[Array, " b"]
     motion: Float[Array, " m"]  # StoryFlow values
     scales: Scales
@@ -112,10 +123,13 @@ def prepare(
 
         text = jax.tree.map(all_branches, null, text)
     latents = inputs.noise.astype(jnp.float32)
+    kept = KeptFrames(jnp.asarray(inputs.keep), jnp.asarray(inputs.clean), latents)
     clean_first = first_frame = None
     if inputs.first_frame is not None:
         clip = model.encode_images(params, inputs.first_frame, inputs.frame_keys)
-        clean_first, first_frame = clip[:, :1], clip[:, 0]
+        clean_first = kept.frames(0, 1).put_clean(clip[:, :1])
+        first_frame = clean_first[:, 0]
+        kept = kept.frames(1)
         if frameinit is not None:
             latents = mix(frameinit, clip, latents)
         if branches == 3:
@@ -124,7 +138,7 @@ def prepare(
             noisy = latents[:, 0] * init_noise_sigma
             first_frame = interleave([noisy, first_frame, first_frame])
         latents = latents[:, 1:]
-    shared = Conditioning(text, clean_first, first_frame, inputs.step_keys, motion, scales)
+    shared = Conditioning(text, clean_first, first_frame, kept, inputs.step_keys, motion, scales)
     return shared, latents * init_noise_sigma
 
 
@@ -149,7 +163,7 @@ def take_steps(
         prediction = prediction.reshape(-1, branches, *x.shape[1:]).swapaxes(0, 1)
         return guide(prediction, *given.scales)
 
-    return denoise(sampler, predict, state, given.step_keys, first, last)
+    return denoise(sampler, predict, state, given.step_keys, first, last, given.kept)
 
 
 def decode(
@@ -191,13 +205,14 @@ class Programs(NamedTuple):
     prepare: Callable[..., tuple[Conditioning, Array]]  # of `prepare`'s arguments but the model
     steps: Callable[..., State]  # of `take_steps`'s, whose state is donated
     decode: Callable[..., tuple[Array, Array]]  # images and all latents, of weights, first, others
+    encode: Callable[..., Array]  # latents of weights, one story's images and a key
 
 
 def generation_programs(model: StoryModel, placement: Placement) -> Programs:
     """The programs that generate batches on some devices, where the results come back to all."""
     by_story: Any = NamedSharding(placement.mesh, BATCH)
     everywhere: Any = NamedSharding(placement.mesh, PartitionSpec())
-    shared = Conditioning(by_story, by_story, by_story, by_story, everywhere, everywhere)
+    shared = Conditioning(by_story, by_story, by_story, by_story, by_story, everywhere, everywhere)
 
     @attention_on(placement.mesh, HEADS)
     def prepare_batch(branches: int, params: Parts, *arguments: Any) -> tuple[Conditioning, Array]:
@@ -214,12 +229,17 @@ def generation_programs(model: StoryModel, placement: Placement) -> Programs:
         ways = batch_ways(placement.mesh)
         return finish(model, placement.gathered(params), clean_first, latents, ways)
 
+    @attention_on(placement.mesh, HEADS)
+    def encode_story(params: Parts, images: Array, key: Array) -> Array:
+        return model.encode_images(placement.gathered(params), images[None], key[None])[0]
+
     # All weights stay on the device meanwhile, and memory analyses are to count them.
     jit = functools.partial(jax.jit, keep_unused=True)
     return Programs(
         jit(prepare_batch, static_argnums=0, out_shardings=(shared, by_story)),
         jit(denoise_batch, static_argnums=0, donate_argnums=4, out_shardings=by_story),
         jit(decode_batch, out_shardings=everywhere),
+        jit(encode_story, out_shardings=everywhere),
     )
 
 
@@ -231,6 +251,7 @@ def shared_programs(model: StoryModel, placement: Placement) -> Programs:
         compiled_together(own.prepare, static=1),
         compiled_together(own.steps, static=1),
         compiled_together(own.decode),
+        compiled_together(own.encode),
     )
 
 

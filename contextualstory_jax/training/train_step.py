@@ -69,6 +69,7 @@ class RandomInputs(NamedTuple):
     timesteps: Int[Array, " b"]
     drop_text: Bool[Array, " b"]
     drop_first_frame: Bool[Array, " b"]
+    keep: Bool[Array, "b g"] | None = None  # predicted frames that are given clean instead
 
 
 def ema_decay(updates: Int[Array, ""], largest: float) -> Float[Array, ""]:
@@ -116,6 +117,15 @@ def sample_inputs(
     )(keys)
     latents = model.sample(moments, latent_keys)
     _, f, p, q, c = latents.shape
+    keep = None
+    if config.keep_frames_probability > 0:
+        frames = f - config.model.unet.is_continuation
+        # A sixth child: the keys above are the same as without kept frames.
+        keep = jax.vmap(
+            lambda key: sample_kept(
+                jax.random.fold_in(key, 5), frames, config.keep_frames_probability
+            )
+        )(keys)
     return RandomInputs(
         latents=latents,
         noise=jax.vmap(lambda key: story_noise(key, (f, p, q, c), config.model.noise))(noise_keys),
@@ -126,7 +136,20 @@ def sample_inputs(
         drop_first_frame=jax.vmap(lambda key: jax.random.bernoulli(key, config.first_frame_drop))(
             frame_keys
         ),
+        keep=keep,
     )
+
+
+def sample_kept(key: Key[Array, ""], frames: int, probability: float) -> Bool[Array, " g"]:
+    """Which frames of a story are given clean: with `probability` some, any number of them alike.
+
+    At least one frame is not, and any number from 1 on is equally likely, so that both single
+    frames and all but one are seen often.
+    """
+    any_key, number_key, order_key = jax.random.split(key, 3)
+    number = jax.random.randint(number_key, (), 1, frames)
+    number = jnp.where(jax.random.bernoulli(any_key, probability), number, 0)
+    return jax.random.permutation(order_key, frames) < number
 
 
 def loss(
@@ -149,14 +172,16 @@ def loss(
     # Parity: StoryFlow values are truncated to integers in training, not in sampling.
     motion = jnp.trunc(storyflow(sampled.latents))
     shifts = model.time_shifts(params, sampled.timesteps, motion)
-    first_frame = None
+    first_frame, clean = None, sampled.latents
     if model.config.unet.is_continuation:
         dropped = sampled.drop_first_frame[:, None, None, None]
         first_frame = jnp.where(dropped, noisy[:, 0], sampled.latents[:, 0])
-        noisy, target = noisy[:, 1:], target[:, 1:]
+        clean, noisy, target = clean[:, 1:], noisy[:, 1:], target[:, 1:]
+    if sampled.keep is not None:
+        noisy = jnp.where(sampled.keep[..., None, None, None], clean, noisy)
     prediction = model.predict(params, noisy, shifts, keys_values, first_frame)
     weight = min_snr_weight(schedule, sampled.timesteps, snr_gamma)
-    return jnp.mean(story_losses(prediction, target, weight))
+    return jnp.mean(story_losses(prediction, target, weight, sampled.keep))
 
 
 def update(
@@ -294,9 +319,11 @@ def make_validation(
 ) -> jax.stages.Wrapped:
     """The jitted loss of trained and frozen parameters on a batch, with noise of the seed alone.
 
-    Nothing is dropped.
+    Nothing is dropped, and no frame is given clean.
     """
-    config = dataclasses.replace(config, text_drop=0.0, first_frame_drop=0.0)
+    config = dataclasses.replace(
+        config, text_drop=0.0, first_frame_drop=0.0, keep_frames_probability=0.0
+    )
 
     @attention_on(placement.mesh, HEADS)
     def validate(trained: Parts, frozen: Parts, batch: Batch) -> Float[Array, ""]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from contextualstory_jax.config.model_config import SamplingConfig, SchedulerConfig
 from contextualstory_jax.diffusion.denoising import (
     SOLVERS,
+    KeptFrames,
     Sampler,
     State,
     denoise,
@@ -235,3 +237,39 @@ def test_eta_is_ddims_alone(name):
     assert make_sampler(SchedulerConfig(), SamplingConfig(eta=0.5)).stochastic
     with pytest.raises(UserError, match=f"eta = 0.5 is for scheduler ddim, not {name}"):
         SamplingConfig(scheduler=name, eta=0.5)
+
+
+@jax.jit
+def steps_with(sampler: Sampler, state: State, first, last, kept: KeptFrames) -> State:
+    return denoise(sampler, lambda x, t: x, state, KEYS, first, last, kept)
+
+
+@pytest.mark.parametrize("kept_frames", [None, "clean"])
+@pytest.mark.parametrize("name", [*SOLVERS, "ddim"])
+def test_the_network_sees_kept_frames_at_its_timesteps_noise_level(name, kept_frames):
+    config = SchedulerConfig(timestep_spacing="linspace", prediction_type="v_prediction")
+    sampler = make_sampler(config, SamplingConfig(scheduler=name, steps=5), kept_frames)
+    looking = dataclasses.replace(sampler, step=_remember, memory=1)
+    keep = np.arange(10).reshape(2, 5) % 3 == 0  # other frames in each story
+    kept = KeptFrames(jnp.asarray(keep), normal(0), normal(1))
+    schedule, start = noise_schedule(config), normal(2) * sampler.init_noise_sigma
+    for step, t in enumerate(sampler.timesteps):
+        state = steps_with(looking, initial_state(looking, start), step, step + 1, kept)
+        (seen,) = state.memory
+
+        signal, sigma = (np.interp(t, range(1000), s) for s in (schedule.signal, schedule.sigma))
+        expected = kept.clean if kept_frames else signal * kept.clean + sigma * kept.noise
+        np.testing.assert_allclose(seen[keep], expected[keep], atol=1e-3)  # of interpolation
+        table = jax.tree.map(lambda x, step=step: x[step], sampler.coefficients)
+        np.testing.assert_allclose(
+            seen[~keep], sampler.scale_input(start, table)[~keep], rtol=1e-5, atol=1e-6
+        )
+
+    count = len(sampler.timesteps)
+    latents = steps_with(sampler, initial_state(sampler, start), 0, count, kept).latents
+    np.testing.assert_array_equal(latents[keep], kept.clean[keep])
+    assert np.isfinite(latents).all()
+
+
+def _remember(x, prediction, coefficients, memory, noise):
+    return x, (prediction,)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +33,9 @@ TEXT = SamplingConfig(steps=2, guidance_scale=2.0)
 TEXT_LONG = SamplingConfig(steps=9, guidance_scale=2.0)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_checkpoint: Path) -> StoryPipeline:
-    return StoryPipeline.load(tiny_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def continuation(tiny_continuation_checkpoint: Path) -> StoryPipeline:
-    return StoryPipeline.load(tiny_continuation_checkpoint)
+def noise_of(pipeline: StoryPipeline, stories: list[Story], seed: int) -> np.ndarray:
+    request, real = next(pipeline.requests(stories, seed=seed))
+    return np.asarray(request.inputs.noise)[:real]
 
 
 def levels_apart(a: np.ndarray, b: np.ndarray) -> int:
@@ -73,7 +67,7 @@ def test_without_more_words_the_checkpoints_own_values_are_taken(pipeline):
 
 def test_arguments_have_the_names_of_the_field(pipeline):
     values = {"scheduler": "euler", "guidance_scale": 3.0, "guidance_rescale": 0.5}
-    noise = np.asarray(pipeline._inputs([STORIES[0]], 4, (5, 4, 4, 48)).noise)
+    noise = noise_of(pipeline, STORIES[:1], 4)
 
     generated = pipeline(
         SENTENCES, num_inference_steps=3, height=16, width=16, latents=noise[0], **values
@@ -220,14 +214,11 @@ def test_a_hundred_mixed_requests_compile_nothing(pipeline):
 
 
 def test_noise_is_a_function_of_the_seed_and_the_id_alone(pipeline):
-    def noise(stories: list[Story], seed: int) -> np.ndarray:
-        return np.asarray(pipeline._inputs(stories, seed, (5, 4, 4, 48)).noise)
+    drawn = noise_of(pipeline, STORIES, 0)
 
-    drawn = noise(STORIES, 0)
-
-    np.testing.assert_array_equal(drawn[::-1], noise(STORIES[::-1], 0))
-    np.testing.assert_array_equal(drawn[:1], noise([Story(("x",) * 5, "a")], 0))
-    assert not np.array_equal(drawn, noise(STORIES, 1))
+    np.testing.assert_array_equal(drawn[::-1], noise_of(pipeline, STORIES[::-1], 0))
+    np.testing.assert_array_equal(drawn[:1], noise_of(pipeline, [Story(("x",) * 5, "a")], 0))
+    assert not np.array_equal(drawn, noise_of(pipeline, STORIES, 1))
     assert not np.array_equal(drawn[0], drawn[1])
 
 
@@ -240,7 +231,7 @@ def test_lists_of_sentences_have_ids_by_their_place(pipeline):
 
 
 def test_initial_latents_take_the_place_of_the_noise(pipeline):
-    noise = np.asarray(pipeline._inputs([STORIES[0]], 4, (5, 4, 4, 48)).noise)
+    noise = noise_of(pipeline, STORIES[:1], 4)
 
     given = pipeline.draw([STORIES[0]], seed=9, initial_latents=noise)
 
@@ -311,7 +302,7 @@ def test_image_guidance_strengthens_the_first_frame(continuation):
 def test_frameinit_gives_the_noise_low_frequencies_of_the_first_frame(continuation):
     story, config = Story(SENTENCES, "a", FIRST_FRAME), continuation.model.config
     plain = continuation.draw([story])
-    noise = continuation._inputs([story], 0, plain.latents.shape[1:]).noise
+    noise = noise_of(continuation, [story], 0)
     way = make_frameinit(FrameInitConfig("ideal"), config.scheduler, plain.latents.shape[1:4])
     mixed = jax.jit(mix)(way, jnp.asarray(plain.latents[:, :1]), noise)
 
@@ -328,9 +319,10 @@ def test_frameinit_gives_the_noise_low_frequencies_of_the_first_frame(continuati
 def test_a_moving_camera_films_the_clip_that_frameinit_starts_from(continuation):
     wide = np.random.default_rng(1).integers(0, 256, (20, 40, 3), np.uint8)
 
-    inputs = continuation._inputs([Story(SENTENCES, "a", wide)], 0, (5, 4, 4, 48), "pan_left")
+    options = {"frameinit": FrameInitConfig(), "camera_motion": "pan_left"}
+    request, _ = next(continuation.requests([Story(SENTENCES, "a", wide)], **options))
 
-    np.testing.assert_array_equal(inputs.first_frame[0], film(wide, "pan_left", 5, 16, 16))
+    np.testing.assert_array_equal(request.inputs.first_frame[0], film(wide, "pan_left", 5, 16, 16))
 
 
 def test_the_first_frames_posterior_follows_from_the_seed_and_the_id(tiny_model_config):

@@ -49,7 +49,13 @@ HANDING_ON = Sampler(
     coefficients=(),
     init_noise_sigma=3.0,
     step=lambda x, prediction, coefficients, memory, noise: (prediction, memory),
+    levels=np.zeros((1, 2), np.float32),
 )
+
+
+def nothing_kept(noise):
+    """`keep` and `clean` of inputs."""
+    return jnp.zeros(noise.shape[:2], bool), jnp.zeros_like(noise)
 
 
 def hand_on(model, branches, inputs, null_ids, motion, scales, frameinit=None):
@@ -74,7 +80,8 @@ def test_guidance_joins_predictions_with_less_and_more_of_the_condition(
     picture = generator.integers(0, 256, (2, 1, 16, 16, 3), np.uint8)
     keys = jax.random.split(jax.random.key(0), 2)
     ids = jnp.broadcast_to(jnp.array([2, 4])[:, None, None], (2, 5, 7))
-    inputs = Inputs(ids, jnp.asarray(noise), keys, keys, jnp.asarray(picture) if given else None)
+    first_frame = jnp.asarray(picture) if given else None
+    inputs = Inputs(ids, jnp.asarray(noise), keys, keys, first_frame, *nothing_kept(noise))
     scales = Scales(jnp.float32(2), jnp.float32(1.5), jnp.float32(0))
     null_ids = jnp.broadcast_to(jnp.arange(3, 8)[:, None], (5, 7))  # another for each frame
     model = PlainModel(tiny_model_config)
@@ -103,7 +110,8 @@ def test_frameinit_mixes_the_whole_clip_whose_first_view_is_the_first_frame(tiny
     noise = jnp.asarray(generator.standard_normal((1, 5, 4, 4, 1), np.float32))
     clip = jnp.asarray(generator.uniform(0, 9, (1, 5, 16, 16, 3)).astype(np.float32))
     keys = jax.random.split(jax.random.key(0), 1)
-    inputs = Inputs(jnp.zeros((1, 5, 7), int), noise, keys, keys, clip)
+    ids = jnp.zeros((1, 5, 7), int)
+    inputs = Inputs(ids, noise, keys, keys, clip, *nothing_kept(noise))
     scales = Scales(*jnp.zeros(3))
     way = make_frameinit(FrameInitConfig(level=300), tiny_model_config.scheduler, (5, 4, 4))
 

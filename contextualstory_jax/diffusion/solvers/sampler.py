@@ -26,7 +26,8 @@ class Sampler:
     `step(x, prediction, coefficients, memory, noise)` gives the next latents and memory;
     `coefficients` is one entry of the field's leading axis t, `memory` a tuple of as many latents
     as the field says, zeros before the first step, and `noise` is standard normal, or None unless
-    `stochastic`. `scale_input(x, coefficients)` gives the network's input. The functions are
+    `stochastic`. `scale_input(x, coefficients)` gives the network's input, and `levels` the noise
+    level of frames that are kept in it. The functions are
     module-level ones: a compiled loop is found again by their identity.
     """
 
@@ -38,6 +39,7 @@ class Sampler:
     memory: int = dataclasses.field(default=0, metadata={"static": True})
     scale_input: Callable = dataclasses.field(default=_same_input, metadata={"static": True})
     stochastic: bool = dataclasses.field(default=False, metadata={"static": True})
+    levels: Any = None  # Float[Array, "t 2"]: signal and sigma; None where no frame is kept
 
 
 def weighted(factors: Iterable[Float[Array, ""]], arrays: Iterable[Latents]) -> Latents:
