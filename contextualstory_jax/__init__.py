@@ -10,14 +10,15 @@ from contextualstory_jax.utils import interruption
 
 if TYPE_CHECKING:
     from contextualstory_jax.sampling.pipeline import StoryPipeline
-    from contextualstory_jax.sampling.prompts import Story
+    from contextualstory_jax.sampling.prompts import Kept, Story
     from contextualstory_jax.train import train_and_evaluate
     from contextualstory_jax.utils.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["Story", "StoryPipeline", "UserError", "train_and_evaluate"]
+__all__ = ["Kept", "Story", "StoryPipeline", "UserError", "train_and_evaluate"]
 
 _HOMES = {
+    "Kept": "sampling.prompts",
     "Story": "sampling.prompts",
     "StoryPipeline": "sampling.pipeline",
     "UserError": "utils.errors",

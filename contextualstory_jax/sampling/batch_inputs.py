@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Float32, Key
 
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.diffusion.noise import story_key, story_noise
 from contextualstory_jax.models.tokenizer import Tokenizer
+from contextualstory_jax.sampling.arguments import (
+    check_shared_noise,
+    read_kept,
+    read_latents,
+    read_seeds,
+)
 from contextualstory_jax.sampling.camera_motion import film
 from contextualstory_jax.sampling.prompts import Kept, Story
 from contextualstory_jax.sampling.sample import Generated, Inputs, fill
@@ -19,56 +26,92 @@ from contextualstory_jax.sampling.sample import Generated, Inputs, fill
 Encode = Callable[[np.ndarray, Array], Array]  # of one story's images and a key: its latents
 
 
+class Asked(NamedTuple):
+    """A story to generate, and everything that its arrays come from."""
+
+    story: Story
+    seed: int
+    shared_seed: int  # of the part of the noise that its frames share
+    kept: Kept | None
+    noise: Float32[np.ndarray, "f p q c"] | None  # None: of the seeds
+
+
+def read_asked(
+    config: ModelConfig,
+    shape: tuple[int, int, int, int],
+    stories: Sequence[Story],
+    seed: Any,
+    shared_noise_seed: Any,
+    kept: Any,
+    initial_latents: Any,
+) -> list[Asked]:
+    """The arguments of a call, story by story; see `StoryPipeline.requests`.
+
+    Args:
+        shape: of a story's latents.
+
+    Raises:
+        UserError: for arguments that do not fit each other or the model.
+    """
+    count, (height, width) = len(stories), (side * config.vae.factor for side in shape[1:3])
+    seeds = read_seeds(seed, count)
+    check_shared_noise(shared_noise_seed, initial_latents, config.noise)
+    shared = seeds if shared_noise_seed is None else [shared_noise_seed] * count
+    all_kept = read_kept(kept, count, shape, (height, width))
+    noise: list[Any] = [None] * count
+    if initial_latents is not None:
+        noise = list(read_latents(initial_latents, (count, *shape)))
+    return [Asked(*one) for one in zip(stories, seeds, shared, all_kept, noise, strict=True)]
+
+
 def batch_inputs(
     config: ModelConfig,
     tokenizer: Tokenizer,
-    stories: Sequence[Story],
-    seeds: Sequence[int],
-    kept: Sequence[Kept | None],
-    shape: tuple[int, int, int, int],
     encode: Encode,
-    shared_noise_seed: int | None = None,
-    camera_motion: str | None = None,
+    shape: tuple[int, int, int, int],
+    camera_motion: str | None,
+    batch: Sequence[Asked],
+    batch_size: int,
 ) -> Inputs:
-    """The inputs of one batch.
+    """The inputs of one batch, in which the last story is repeated up to its size.
 
     Args:
-        config: the model.
-        tokenizer: the model's.
-        stories: all stories of the batch.
-        seeds: one for each story.
-        kept: the frames that the first stories keep; the last of them fills the batch.
-        shape: of a story's latents.
         encode: the VAE, for kept images without latents.
-        shared_noise_seed: of the shared part of the noise, where it is another.
+        shape: of a story's latents.
         camera_motion: over the first frames.
     """
-    ids = jnp.stack([tokenizer(story.sentences) for story in stories])
-    noise_keys, step_keys, frame_keys = _keys(seeds, stories)
-    shared_keys = noise_keys
-    if shared_noise_seed is not None:
-        shared_keys, *_ = _keys([shared_noise_seed] * len(stories), stories)
-    noise = jax.vmap(lambda key, shared: story_noise(key, shape, config.noise, shared))(
-        noise_keys, shared_keys
-    )
-    given = [np.asarray(story.first_frame) for story in stories if story.first_frame is not None]
+    full = fill(batch, batch_size)
+    ids = jnp.stack([tokenizer(asked.story.sentences) for asked in full])
+    noise_keys, step_keys, frame_keys = _keys([(one.story.id, one.seed) for one in full])
+    shared_keys, *_ = _keys([(one.story.id, one.shared_seed) for one in full])
+    given = [one.noise for one in full if one.noise is not None]
+    if given:
+        noise = np.stack(given)
+    else:
+        noise = jax.vmap(lambda key, shared: story_noise(key, shape, config.noise, shared))(
+            noise_keys, shared_keys
+        )
+    frames = [
+        np.asarray(one.story.first_frame) for one in full if one.story.first_frame is not None
+    ]
     if camera_motion is None:
-        clips = [frame[None] for frame in given]
+        clips = [frame[None] for frame in frames]
     else:
         f, *sides = shape[:3]
         height, width = (side * config.vae.factor for side in sides)
-        clips = [film(frame, camera_motion, f, height, width) for frame in given]
+        clips = [film(frame, camera_motion, f, height, width) for frame in frames]
     first_frames = jnp.stack(clips) if clips else None
-    arrays = [_kept_arrays(*one, shape, encode) for one in zip(kept, frame_keys, strict=False)]
-    keep, clean = map(np.stack, zip(*fill(arrays, len(stories)), strict=True))
+    arrays = [
+        _kept_arrays(one.kept, key, shape, encode)
+        for one, key in zip(batch, frame_keys, strict=False)
+    ]
+    keep, clean = map(np.stack, zip(*fill(arrays, batch_size), strict=True))
     return Inputs(ids, noise, step_keys, frame_keys, first_frames, keep, clean)
 
 
-def _keys(seeds: Sequence[int], stories: Sequence[Story]) -> Key[Array, "3 b"]:
-    """Keys of each story's noise, of its steps and of its first frame's posterior."""
-    keys = jnp.stack(
-        [story_key(seed, story.id) for seed, story in zip(seeds, stories, strict=True)]
-    )
+def _keys(stories: Sequence[tuple[str, int]]) -> Key[Array, "3 b"]:
+    """Keys of the noise, the steps and the first frame's posterior, of stories' ids and seeds."""
+    keys = jnp.stack([story_key(seed, name) for name, seed in stories])
     return jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -12,17 +12,14 @@ from contextualstory_jax.diffusion.denoising import Sampler
 from contextualstory_jax.sampling.arguments import read_replaced_latents
 from contextualstory_jax.sampling.sample import AfterStep
 
-if TYPE_CHECKING:
-    from contextualstory_jax.sampling.pipeline import StoryPipeline
-
 # Called after each step with the pipeline, the step's number and timestep, and `{"latents": ...}`,
 # channels last, in the solver's scale; returns those to replace, or None.
-StepCallback = Callable[["StoryPipeline", int, int | float, dict[str, Any]], dict[str, Any] | None]
+StepCallback = Callable[[Any, int, int | float, dict[str, Any]], dict[str, Any] | None]
 
 
 def after_each_step(
     callback: StepCallback,
-    pipeline: StoryPipeline,
+    pipeline: Any,
     place: Callable[[Array], Array],
     sampler: Sampler,
     real: int,
@@ -31,7 +28,7 @@ def after_each_step(
 
     Args:
         callback: the user's.
-        pipeline: whose `interrupt` it may set.
+        pipeline: the `StoryPipeline`, whose `interrupt` it may set.
         place: moves latents of a batch to where they were.
         sampler: with the timesteps.
         real: number of stories.

@@ -35,20 +35,16 @@ from contextualstory_jax.sampling.arguments import (
     check_choice,
     check_frameinit,
     check_integer,
-    check_shared_noise,
     check_stories,
     put_first_frames,
-    read_kept,
-    read_latents,
     read_negative_prompt,
     read_sampling,
-    read_seeds,
     read_size,
     read_stories,
     read_storyflow,
     shown,
 )
-from contextualstory_jax.sampling.batch_inputs import batch_inputs, with_kept_images
+from contextualstory_jax.sampling.batch_inputs import batch_inputs, read_asked, with_kept_images
 from contextualstory_jax.sampling.callbacks import StepCallback, after_each_step
 from contextualstory_jax.sampling.pretrained import SHIPPED, find_checkpoint
 from contextualstory_jax.sampling.prompts import Kept, Story
@@ -58,7 +54,6 @@ from contextualstory_jax.sampling.sample import (
     Request,
     Scales,
     bucket,
-    fill,
     generate,
     generation_programs,
     shared_programs,
@@ -276,7 +271,8 @@ class StoryPipeline:
         Raises:
             UserError: a `ValueError`, for input that does not fit the model.
         """
-        return regenerate(self, story, frames, seed, near, options)
+        unet = self.model.config.unet
+        return regenerate(self.draw, unet, story, frames, seed, near, options)
 
     def compile(
         self,
@@ -375,10 +371,8 @@ class StoryPipeline:
         Args:
             stories: with their first frames, in continuation.
             kept: for each story the frames that stay, if any.
-            seed: 0 to 2^32 - 1, for all stories or one each; with a story's id it decides its
-                noise.
-            shared_noise_seed: the seed of the part of the noise that a story's frames share, to
-                stay near to what that seed gave; by default that of `seed`.
+            seed: 0 to 2^32 - 1, or one for each story; with a story's id it decides its noise.
+            shared_noise_seed: of the noise that frames share, to stay near to that seed's frames.
             sampling: steps, scheduler and scales; by default the model's own.
             size: height and width in pixels; by default the model's own.
             negative_prompt: the text that guidance leads away from, one for all frames or one
@@ -402,35 +396,20 @@ class StoryPipeline:
         check_frameinit(frameinit, camera_motion, config.unet)
         null_ids = self.tokenizer(read_negative_prompt(negative_prompt, config.unet.n_frames))
         mixing = frameinit and make_frameinit(frameinit, config.scheduler, shape[:3])
-        kept = read_kept(kept, len(stories), shape, (height, width))
-        seeds = read_seeds(seed, len(stories))
-        check_shared_noise(shared_noise_seed, initial_latents, config.noise)
+        asked = read_asked(config, shape, stories, seed, shared_noise_seed, kept, initial_latents)
         batch_size = check_integer("batch_size", batch_size, 1)
-        if initial_latents is not None:
-            initial_latents = read_latents(initial_latents, (len(stories), *shape))
         batch_size = bucket(len(stories), batch_size, batch_ways(self.mesh))
         branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
-        names = ("guidance_scale", "image_guidance_scale", "guidance_rescale")
-        scales = Scales(*(jnp.float32(getattr(sampling, name)) for name in names))
-        for start in range(0, len(stories), batch_size):
-            real = min(batch_size, len(stories) - start)
-            chosen = fill(range(start, start + real), batch_size)
-            inputs = batch_inputs(
-                config,
-                self.tokenizer,
-                [stories[i] for i in chosen],
-                [seeds[i] for i in chosen],
-                kept[start : start + real],
-                shape,
-                functools.partial(self._programs.encode, self.params),
-                shared_noise_seed,
-                camera_motion,
-            )
-            if initial_latents is not None:
-                inputs = inputs._replace(noise=initial_latents[chosen])
-            inputs = jax.tree.map(self._place, inputs)
+        scales = Scales.of(sampling)
+        encode = functools.partial(self._programs.encode, self.params)
+        inputs_of = functools.partial(
+            batch_inputs, config, self.tokenizer, encode, shape, camera_motion
+        )
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            inputs = jax.tree.map(self._place, inputs_of(batch, batch_size))
             request = Request(branches, inputs, null_ids, motion, sampler, scales, mixing)
-            yield request, real
+            yield request, len(batch)
 
     def _place(self, array: Any) -> jax.Array:
         """An array that every process has in full, split by story."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from contextualstory_jax.config.model_config import UNetConfig
 from contextualstory_jax.sampling.arguments import SEEDS, check_integer, read_frames
 from contextualstory_jax.sampling.prompts import Kept, Story
+from contextualstory_jax.sampling.sample import Generated
 from contextualstory_jax.utils.errors import UserError, require
-
-if TYPE_CHECKING:
-    from contextualstory_jax.sampling.pipeline import StoryPipeline
 
 
 @runtime_checkable
@@ -47,10 +47,19 @@ S = TypeVar("S", bound=GeneratedStory)
 
 
 def regenerate(
-    pipeline: StoryPipeline, story: S, frames: Any, seed: Any, near: bool, options: dict[str, Any]
+    draw: Callable[..., Generated],
+    unet: UNetConfig,
+    story: S,
+    frames: Any,
+    seed: Any,
+    near: bool,
+    options: dict[str, Any],
 ) -> S:
-    """The story with new frames; see `StoryPipeline.regenerate`."""
-    unet = pipeline.model.config.unet
+    """The story with new frames; see `StoryPipeline.regenerate`.
+
+    Args:
+        draw: `StoryPipeline.draw` of the model that `unet` is of.
+    """
     again = read_frames(frames, unet)
     seed = check_integer("seed", seed, *SEEDS)
     asked, images = story.story, np.asarray(story.images)
@@ -62,7 +71,7 @@ def regenerate(
     if near:
         options["shared_noise_seed"] = _seed_of([story.seeds[i] for i in again])
     kept = [Kept(images, story.latents, keep)] if any(keep) else None
-    generated = pipeline.draw([asked], kept=kept, seed=seed, **options)
+    generated = draw([asked], kept=kept, seed=seed, **options)
     seeds = tuple(old if kept else seed for old, kept in zip(story.seeds, keep, strict=True))
     return dataclasses.replace(
         story, images=generated.images[0], latents=generated.latents[0], seeds=seeds

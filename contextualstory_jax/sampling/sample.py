@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Key, Real, UInt8
 
+from contextualstory_jax.config.model_config import SamplingConfig
 from contextualstory_jax.diffusion.denoising import (
     KeptFrames,
     Sampler,
@@ -46,7 +47,7 @@ class Inputs(NamedTuple):
     """The inputs of one batch, on the device."""
 
     ids: Int[Array, "b f l"]
-    noise: Float[Array, "b f p q c"]
+    noise: Float[Array | np.ndarray, "b f p q c"]
     step_keys: Key[Array, " b"]  # of stochastic samplers
     frame_keys: Key[Array, " b"]  # of the first frame's posterior
     first_frame: Real[Array, "b g h w 3"] | None  # held still, g = 1, or filmed, g = f; 0..255
@@ -60,6 +61,12 @@ class Scales(NamedTuple):
     text: Float[Array, ""]
     image: Float[Array, ""]
     rescale: Float[Array, ""]
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> Scales:
+        """Those of a config."""
+        names = ("guidance_scale", "image_guidance_scale", "guidance_rescale")
+        return cls(*(jnp.float32(getattr(sampling, name)) for name in names))
 
 
 class Request(NamedTuple):
@@ -122,7 +129,7 @@ def prepare(
             return interleave([jnp.broadcast_to(null, own.shape)] * (branches - 1) + [own])
 
         text = jax.tree.map(all_branches, null, text)
-    latents = inputs.noise.astype(jnp.float32)
+    latents = jnp.asarray(inputs.noise, jnp.float32)
     kept = KeptFrames(jnp.asarray(inputs.keep), jnp.asarray(inputs.clean), latents)
     clean_first = first_frame = None
     if inputs.first_frame is not None:

@@ -30,6 +30,8 @@ from contextualstory_jax.training.train_step import (
     encode,
     init_state,
     loss,
+    sample_inputs,
+    sample_kept,
     train_step,
 )
 from contextualstory_jax.training.trainable import split_trainable
@@ -328,3 +330,68 @@ def test_in_visualization_no_frame_is_given(tiny_model_config, sampled):
 
     assert model.first_frame is None
     assert model.noisy.shape[1] == 5
+
+
+def test_kept_frames_are_given_clean_and_their_predictions_count_for_nothing(
+    tiny_model_config, sampled
+):
+    schedule = noise_schedule(tiny_model_config.scheduler)
+    noisy = add_noise(schedule, sampled.latents, sampled.noise, sampled.timesteps)
+    keep = np.array([[False, True, True, False, False], [False] * 5])
+    model = Recorder(tiny_model_config)
+
+    def value(latents: np.ndarray, **fields) -> float:
+        inputs = sampled._replace(latents=jnp.asarray(latents), **fields)
+        return float(loss(model, parameters(0.0), inputs, TEXT, NULL_TEXT, None))
+
+    latents = np.array(sampled.latents)
+    kept = value(latents, keep=jnp.asarray(keep))
+
+    np.testing.assert_array_equal(model.noisy[keep], latents[keep])
+    np.testing.assert_array_equal(model.noisy[~keep], noisy[~keep])
+    # With alpha 0 the prediction does not depend on what is seen: the mean is over the new frames.
+    moved = np.where(keep[..., None, None, None], latents + 1, latents)
+    assert kept == pytest.approx(value(moved, keep=jnp.asarray(keep)), rel=1e-6)
+    assert value(latents) != pytest.approx(value(moved), rel=1e-3)
+    assert value(latents, keep=jnp.zeros((2, 5), bool)) == pytest.approx(value(latents), rel=1e-6)
+
+
+def test_in_continuation_the_first_frame_is_none_of_the_kept_ones(tiny_model_config, sampled):
+    unet = dataclasses.replace(tiny_model_config.unet, first_frame_condition_mode="conv2d")
+    model = Recorder(dataclasses.replace(tiny_model_config, unet=unet))
+    keep = jnp.array([[True, False, False, False], [False, False, False, True]])
+
+    loss(model, parameters(), sampled._replace(keep=keep), TEXT, NULL_TEXT, None)
+
+    np.testing.assert_array_equal(model.noisy[keep], sampled.latents[:, 1:][keep])
+    assert model.first_frame.shape == (2, 1, 1, 3)
+
+
+def test_some_stories_keep_any_number_of_frames_but_never_all():
+    keys = jax.random.split(jax.random.key(0), 2000)
+
+    keep = np.asarray(jax.vmap(lambda key: sample_kept(key, 5, 0.5))(keys))
+
+    shares = np.bincount(keep.sum(axis=1), minlength=6) / len(keep)
+    np.testing.assert_allclose(shares, [1 / 2, 1 / 8, 1 / 8, 1 / 8, 1 / 8, 0], atol=0.04)
+    np.testing.assert_allclose(keep.mean(axis=0), np.full(5, 0.25), atol=0.04)
+
+
+def test_without_the_probability_nothing_else_is_sampled_otherwise(model, recipe):
+    moments = model.image_moments({}, stories(0).images)
+    keys = jax.random.split(jax.random.key(0), 4)
+    clean = dataclasses.replace(recipe.model, kept_frames="clean")
+    keeping = dataclasses.replace(recipe, model=clean, keep_frames_probability=0.9)
+
+    plain, kept = (sample_inputs(model, moments, keys, config) for config in (recipe, keeping))
+
+    assert plain.keep is None and kept.keep.shape == (4, 5) and kept.keep.any()
+    for ours, theirs in zip(plain[:-1], kept[:-1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_model_must_say_that_it_sees_kept_frames_clean(recipe):
+    with pytest.raises(UserError, match="set model.kept_frames = 'clean' too"):
+        dataclasses.replace(recipe, keep_frames_probability=0.5)
+    with pytest.raises(UserError, match=r"keep_frames_probability must be in \[0, 1\]"):
+        dataclasses.replace(recipe, keep_frames_probability=1.5)
