@@ -354,6 +354,16 @@ def test_another_architecture_is_not_written_over_a_model(copied, tiny_model_con
     assert (copied / "model.json").read_bytes() == before
 
 
+def test_a_model_written_before_kept_frames_is_the_same_model(copied, tiny_model_config):
+    change_model(copied, lambda description: description["model"].pop("kept_frames"))
+
+    assert read_model(copied) == tiny_model_config
+    write_model(copied, tiny_model_config, TOKENIZER_DIR)
+    clean = dataclasses.replace(tiny_model_config, kept_frames="clean")
+    with pytest.raises(UserError, match=r"model\.kept_frames = None, but the config says 'clean'"):
+        write_model(copied, clean, TOKENIZER_DIR)
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, tiny_model_config):
     (tmp_path / "file").touch()
 
