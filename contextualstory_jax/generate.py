@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from contextualstory_jax import __version__
 from contextualstory_jax.config.model_config import CameraMotion, FrameInitConfig, SamplingConfig
-from contextualstory_jax.sampling.output import write_latents, write_story
+from contextualstory_jax.sampling.output import read_latents, write_latents, write_story
 from contextualstory_jax.sampling.prompts import (
     Story,
     check_sentence,
@@ -26,8 +26,7 @@ from contextualstory_jax.sampling.prompts import (
 )
 from contextualstory_jax.utils.atomic import check_writable, write_json
 from contextualstory_jax.utils.cli import ArgumentParser, run
-from contextualstory_jax.utils.errors import UserError, require
-from contextualstory_jax.utils.files import check_file
+from contextualstory_jax.utils.errors import require
 from contextualstory_jax.utils.interruption import check
 
 if TYPE_CHECKING:
@@ -327,18 +326,6 @@ def override(sampling: SamplingConfig, arguments: argparse.Namespace) -> Samplin
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     given = {name: getattr(arguments, name) for name in names}
     return dataclasses.replace(sampling, **{k: v for k, v in given.items() if v is not None})
-
-
-def read_latents(path: Path) -> np.ndarray:
-    """The array of a `.npy` file. Raises `UserError` where it is missing or none."""
-    check_file(path, "name another")
-    try:
-        latents = np.load(path, allow_pickle=False)
-    except Exception as error:  # almost anything, for files that are broken
-        raise UserError(f"{path} cannot be read as a .npy file of numbers; name another") from error
-    require(isinstance(latents, np.ndarray), f"{path} holds several arrays; name a .npy file")
-    require(latents.dtype.kind in "fiu", f"{path} holds {latents.dtype}, not numbers; name another")
-    return latents
 
 
 def describe(story: Story) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Gallery:
             for i, original in enumerate(example.images):
                 Image.fromarray(original).save(temporary / f"original_{i}.png")
             for name, images in generated.items():
-                save_frames(temporary, images, story.sentences, seed, name)
+                save_frames(temporary, images, story.sentences, [seed] * len(images), name)
             figure(story.sentences, example.images, generated["frame"]).save(
                 temporary / "figure.png"
             )

@@ -1,4 +1,4 @@
-"""Generated stories on disk: each file and folder is written atomically, with the same bytes."""
+"""Generated frames and latents as files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from contextualstory_jax.sampling.captions import viewable
+from contextualstory_jax.sampling.export_formats import gif, strip
 from contextualstory_jax.utils.atomic import atomic_path
-
-GIF_MILLISECONDS = 800  # a frame
-GRID_GAP = 2  # pixels of white between the frames of a grid
+from contextualstory_jax.utils.errors import UserError, require
+from contextualstory_jax.utils.files import check_file
 
 
 def write_story(
@@ -32,32 +31,37 @@ def write_story(
     Raises:
         UserError: the folder cannot be written.
     """
-    views = viewable(images, sentences if captions else None)
+    shown = sentences if captions else None
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_frames(temporary, images, sentences, seed)
-        grid = _side_by_side(views)
-        grid.save(temporary / "grid.png", pnginfo=_text(seed, "\n".join(sentences)))
-        views[0].save(
-            temporary / "story.gif",
-            save_all=True,
-            append_images=views[1:],
-            duration=GIF_MILLISECONDS,
-            loop=0,
-        )
+        save_frames(temporary, images, sentences, [seed] * len(images))
+        text = png_text([seed], "\n".join(sentences))
+        (temporary / "grid.png").write_bytes(strip(images, shown, text))
+        (temporary / "story.gif").write_bytes(gif(images, shown))
 
 
 def save_frames(
     folder: Path,
     images: UInt8[np.ndarray, "f h w 3"],
     sentences: Sequence[str],
-    seed: int,
+    seeds: Sequence[int | None],
     name: str = "frame",
 ) -> None:
-    """Write `NAME_0.png` and so on into a folder; they hold seed and sentence."""
-    for i, (image, sentence) in enumerate(zip(images, sentences, strict=True)):
-        path = folder / f"{name}_{i}.png"
-        Image.fromarray(image).save(path, pnginfo=_text(seed, sentence))
+    """Write `NAME_0.png` and so on into a folder; they hold sentence and, if there is one, seed."""
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(
+            folder / f"{name}_{i}.png", pnginfo=png_text(seeds[i : i + 1], sentences[i])
+        )
+
+
+def png_text(seeds: Sequence[int | None], sentence: str) -> PngInfo:
+    """Seeds and sentences as the text that a PNG file holds; several seeds are listed."""
+    info = PngInfo()
+    known = dict.fromkeys(str(seed) for seed in seeds if seed is not None)
+    if known:
+        info.add_text("seed", ", ".join(known))
+    info.add_text("sentence", sentence)
+    return info
 
 
 def write_latents(path: Path, latents: Float32[np.ndarray, "b f p q c"]) -> None:
@@ -66,16 +70,13 @@ def write_latents(path: Path, latents: Float32[np.ndarray, "b f p q c"]) -> None
         np.save(file, latents)
 
 
-def _text(seed: int, sentence: str) -> PngInfo:
-    info = PngInfo()
-    info.add_text("seed", str(seed))
-    info.add_text("sentence", sentence)
-    return info
-
-
-def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    width = images[0].width + GRID_GAP
-    grid = Image.new("RGB", (len(images) * width - GRID_GAP, images[0].height), "white")
-    for column, image in enumerate(images):
-        grid.paste(image, (column * width, 0))
-    return grid
+def read_latents(path: Path) -> np.ndarray:
+    """The array of a `.npy` file. Raises `UserError` where it is missing or none."""
+    check_file(path, "name another")
+    try:
+        latents = np.load(path, allow_pickle=False)
+    except Exception as error:  # almost anything, for files that are broken
+        raise UserError(f"{path} cannot be read as a .npy file of numbers; name another") from error
+    require(isinstance(latents, np.ndarray), f"{path} holds several arrays; name a .npy file")
+    require(latents.dtype.kind in "fiu", f"{path} holds {latents.dtype}, not numbers; name another")
+    return latents

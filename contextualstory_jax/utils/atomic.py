@@ -12,6 +12,8 @@ from typing import Any
 from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.interruption import removing
 
+PENDING = ".pending"  # in a folder: the files that are taking the place of older ones
+
 
 def check_writable(folder: Path) -> None:
     """Raise `UserError` where a folder could not be made or written to; changes nothing."""
@@ -28,7 +30,8 @@ def check_writable(folder: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path to write a file or a folder at, which then takes the place of `path`.
 
-    In a folder that is there already the files are replaced one by one, and others stay. Raises
+    In a folder that is there already the files are replaced one by one, and others stay; whoever
+    calls `finish_replacing` before reading finds all of them or none, also after a kill. Raises
     `UserError` where writing fails.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -37,14 +40,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with removing(temporary):
             yield temporary
             if temporary.is_dir() and path.is_dir():
-                for file in temporary.iterdir():
-                    file.replace(path / file.name)
+                finish_replacing(path)
+                temporary.rename(path / PENDING)
+                finish_replacing(path)
             else:
                 temporary.replace(path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; choose another place"
         ) from error
+
+
+def finish_replacing(folder: Path) -> None:
+    """Put pending files in their places, which a process that was killed had no time to do.
+
+    Several processes may do so at once. Raises `OSError` where the folder cannot be written to.
+    """
+    pending = folder / PENDING
+    with contextlib.suppress(FileNotFoundError):
+        for file in pending.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                file.replace(folder / file.name)
+        pending.rmdir()
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contextualstory_jax.sampling.output import GRID_GAP, write_latents, write_story
+from contextualstory_jax.sampling.export_formats import GRID_GAP
+from contextualstory_jax.sampling.output import write_latents, write_story
 from contextualstory_jax.utils.atomic import atomic_path, check_writable, write_json
 from contextualstory_jax.utils.errors import UserError
 

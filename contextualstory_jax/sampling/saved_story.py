@@ -1,0 +1,229 @@
+"""Story folders: generated frames with all that is needed to change some or to make them again.
+
+::
+
+    FOLDER/frame_0.png ...   the frames; each file holds sentence and seed
+    FOLDER/grid.png          all frames side by side, with captions
+    FOLDER/story.gif         one after the other
+    FOLDER/latents.npy       float32 (frames, h, w, c), before decoding
+    FOLDER/first_frame.png   the image that a continuation began from
+    FOLDER/story.json        sentences, seed of each frame, checkpoint, settings, versions, and
+                             the SHA-256 of each file, by which damage is found
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from PIL import Image
+
+from contextualstory_jax import __version__
+from contextualstory_jax.data.images import read_image
+from contextualstory_jax.sampling.export_formats import gif, strip
+from contextualstory_jax.sampling.output import png_text, read_latents, save_frames
+from contextualstory_jax.sampling.prompts import Story, check_text, folder_name
+from contextualstory_jax.utils.atomic import atomic_path, finish_replacing, write_json
+from contextualstory_jax.utils.errors import UserError, brief, require
+from contextualstory_jax.utils.files import check_file, has_file
+
+FORMAT = 1
+JSON = "story.json"
+OWN_FILES = re.compile(r"frame_\d+\.png|first_frame\.png|latents\.npy|story\.\w+|grid\.png")
+FIX = "restore it, or generate the story again"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide a generated image's bytes."""
+    others = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+    return {"contextualstory_jax": __version__, **others}
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedStory:
+    """A story folder's content."""
+
+    story: Story  # with its first frame, if any, as an array
+    images: UInt8[np.ndarray, "f h w 3"]
+    latents: Float32[np.ndarray, "f p q c"] | None  # None: the images are encoded where needed
+    seeds: tuple[int | None, ...]  # of each frame; None for one's own image
+    checkpoint: Mapping[str, Any]  # `path`, `step` and `weights`
+    settings: Mapping[str, Any]  # all else that decides the images
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
+
+    def write(self, folder: Path, captions: bool = True) -> None:
+        """Write the folder, in place of the story that was there; other files in it stay.
+
+        Args:
+            folder: Made where it is not there.
+            captions: Whether `grid.png` and `story.gif` show the sentences.
+
+        Raises:
+            UserError: The folder cannot be written.
+        """
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            self._write_files(temporary, captions)
+            names = {path.name for path in temporary.iterdir()}
+        for path in folder.iterdir():
+            if path.name not in names and OWN_FILES.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def _write_files(self, folder: Path, captions: bool) -> None:
+        sentences = self.story.sentences
+        shown = sentences if captions else None
+        save_frames(folder, self.images, sentences, self.seeds)
+        text = png_text(self.seeds, "\n".join(sentences))
+        (folder / "grid.png").write_bytes(strip(self.images, shown, text))
+        (folder / "story.gif").write_bytes(gif(self.images, shown))
+        if self.latents is not None:
+            np.save(folder / "latents.npy", self.latents)
+        if isinstance(self.story.first_frame, np.ndarray):
+            Image.fromarray(self.story.first_frame).save(folder / "first_frame.png")
+        values = {
+            "format": FORMAT,
+            "id": self.story.id,
+            "sentences": list(sentences),
+            "seeds": list(self.seeds),
+            "checkpoint": dict(self.checkpoint),
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+            "files": {path.name: _digest(path) for path in sorted(folder.iterdir())},
+        }
+        write_json(folder / JSON, values)
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedStory:
+        """Read a story folder, also while it is written again.
+
+        Raises:
+            UserError: It is none, is damaged, or is in the format of a newer version.
+        """
+        while True:
+            text, error = _read_text(folder), None
+            try:
+                saved = cls._parse(folder, text)
+            except UserError as caught:
+                saved, error = None, caught
+            if _read_text(folder) != text:
+                continue  # another story took its place meanwhile
+            if saved is None:
+                raise error or AssertionError
+            return saved
+
+    @classmethod
+    def _parse(cls, folder: Path, text: bytes) -> SavedStory:
+        values = _parse_json(text, folder / JSON)
+        sentences, seeds, files = values["sentences"], values["seeds"], values["files"]
+        frames = [_read_frame(folder / f"frame_{i}.png", files) for i in range(len(sentences))]
+        sizes = {f"{frame.shape[0]} x {frame.shape[1]}" for frame in frames}
+        require(
+            len(sizes) == 1,
+            f"{folder} has frames of different sizes, {' and '.join(sorted(sizes))}",
+        )
+        first = folder / "first_frame.png"
+        return cls(
+            Story(
+                tuple(sentences),
+                values["id"],
+                _read_frame(first, files) if first.name in files else None,
+            ),
+            np.stack(frames),
+            _read_latents(folder / "latents.npy", files, len(frames)),
+            tuple(seeds),
+            values["checkpoint"],
+            values["settings"],
+            values["versions"],
+        )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_text(folder: Path) -> bytes:
+    """The bytes of `story.json`, all other files being those that it belongs to."""
+    with contextlib.suppress(OSError):  # where the folder is read-only
+        finish_replacing(folder)
+    check_file(folder / JSON, "name a story folder that `generate` wrote")
+    try:
+        return (folder / JSON).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {folder / JSON}: {error.strerror}; {FIX}") from error
+
+
+def _parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """The values of `story.json`, each of its type."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON; {FIX}") from error
+    require(
+        isinstance(values, dict) and isinstance(values.get("format"), int),
+        f"{path} describes no story; {FIX}",
+    )
+    require(
+        values["format"] <= FORMAT,
+        f"{path} is in format {values['format']}, and this version reads up to {FORMAT}; "
+        "update contextualstory_jax",
+    )
+    types = {"id": str, "sentences": list, "seeds": list, "files": dict}
+    types |= dict.fromkeys(("checkpoint", "settings", "versions"), dict)
+    for key, kind in types.items():
+        require(
+            isinstance(values.get(key), kind),
+            f"{path}: {key} is {brief(values.get(key))}, not a {kind.__name__}; {FIX}",
+        )
+    folder_name(values["id"])
+    for sentence in values["sentences"]:
+        check_text(sentence, f"{path}, sentences")
+    require(
+        len(values["seeds"]) == len(values["sentences"]) > 0,
+        f"{path} has {len(values['sentences'])} sentences and {len(values['seeds'])} seeds; {FIX}",
+    )
+    for seed in values["seeds"]:
+        require(
+            seed is None or (type(seed) is int and 0 <= seed < 2**32),
+            f"{path}: a seed is {brief(seed)}, not an integer of 32 bits or null; {FIX}",
+        )
+    return values
+
+
+def _check_digest(path: Path, files: Mapping[str, Any]) -> None:
+    check_file(path, FIX)
+    require(
+        _digest(path) == files.get(path.name),
+        f"{path} is not the file that {JSON} describes; {FIX}",
+    )
+
+
+def _read_frame(path: Path, files: Mapping[str, Any]) -> UInt8[np.ndarray, "h w 3"]:
+    _check_digest(path, files)
+    return np.asarray(read_image(path))
+
+
+def _read_latents(
+    path: Path, files: Mapping[str, Any], frames: int
+) -> Float32[np.ndarray, "f p q c"] | None:
+    if not has_file(path):
+        return None
+    _check_digest(path, files)
+    latents = read_latents(path)
+    require(
+        latents.dtype == np.float32
+        and latents.ndim == 4
+        and len(latents) == frames
+        and bool(np.isfinite(latents).all()),
+        f"{path} holds {latents.dtype} of shape {latents.shape}, not finite float32 latents of "
+        f"{frames} frames; delete it, and the frames are encoded",
+    )
+    return latents
