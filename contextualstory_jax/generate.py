@@ -4,137 +4,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import sys
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from contextualstory_jax import __version__
-from contextualstory_jax.config.model_config import CameraMotion, FrameInitConfig, SamplingConfig
-from contextualstory_jax.sampling.output import read_latents, write_latents, write_story
-from contextualstory_jax.sampling.prompts import (
-    Story,
-    check_sentence,
-    folder_name,
-    read_jsonl,
-    read_txt,
-)
-from contextualstory_jax.utils.atomic import check_writable, write_json
-from contextualstory_jax.utils.cli import ArgumentParser, run
-from contextualstory_jax.utils.errors import require
+from contextualstory_jax.commands.generate_arguments import override, parse, read_frameinit
+from contextualstory_jax.commands.generate_plan import Plan, read_plan, with_settings
+from contextualstory_jax.sampling.export_formats import check_formats, contact_sheet
+from contextualstory_jax.sampling.output import read_latents, write_latents
+from contextualstory_jax.sampling.prompts import Story
+from contextualstory_jax.sampling.saved_story import SavedStory, versions
+from contextualstory_jax.utils.atomic import atomic_path, check_writable, write_json
+from contextualstory_jax.utils.cli import run
 from contextualstory_jax.utils.interruption import check
 
 if TYPE_CHECKING:
+    from contextualstory_jax.sampling.pipeline import StoryPipeline
     from contextualstory_jax.sampling.sample import Generated
 
 PRINTED_STORIES = 8  # whose paths are printed
-
-
-def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    """The command's arguments; those that default to the checkpoint's own values are None."""
-    about = "--about" in (sys.argv[1:] if argv is None else argv)  # which needs no story
-    parser = ArgumentParser(
-        prog=prog,
-        description="Generate stories: OUT/ID/frame_0.png and so on, grid.png and story.gif of "
-        "each, and OUT/stories.json, which says how. The same command makes the same images.",
-        epilog="Where no default is given it is the checkpoint's own.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="DIR",
-        help="a folder or a Hub id, converted once; default: the model that ships",
-    )
-    add("--about", action="store_true", help="print which sentences the model knows, and exit")
-    add("--out", type=Path, metavar="DIR", required=not about, help="made where it is not there")
-    stories = parser.add_mutually_exclusive_group(required=not about)
-    stories.add_argument("--story", type=Path, metavar="FILE.txt", help="a sentence a line")
-    stories.add_argument(
-        "--stories",
-        type=Path,
-        metavar="FILE.jsonl",
-        help='a story a line, {"id": "...", "sentences": ["...", ...]}, and "first_frame": "path", '
-        "from the file's folder, for continuation; a folder is named by the id, "
-        "with _ for all but letters, digits, '.', '_' and '-'",
-    )
-    stories.add_argument(
-        "--sentence", action="extend", nargs="+", metavar="S", help="one for each picture"
-    )
-    add(
-        "--first-frame",
-        "--image",
-        type=Path,
-        metavar="IMAGE",
-        help="to continue from, with --story or --sentence; cropped in the middle to the shape",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="with the id it decides a story's noise")
-    hints = typing.get_type_hints(SamplingConfig)
-    add("--scheduler", choices=typing.get_args(hints["scheduler"]), help="solver of the denoising")
-    add("--steps", "--num-inference-steps", type=int, metavar="N", help="denoising steps")
-    add("--guidance-scale", type=float, metavar="G", help="how much text counts; up to 1: unguided")
-    add(
-        "--negative-prompt",
-        nargs="+",
-        metavar="S",
-        help="text that guidance leads away from: one for all frames, or one each; default: empty",
-    )
-    add("--image-guidance-scale", type=float, metavar="G", help="the same for the first frame")
-    add("--guidance-rescale", type=float, metavar="R", help="0 to 1, against overexposure")
-    add("--eta", type=float, metavar="E", help="ddim's share of new noise in each step, 0 to 1")
-    add("--height", type=int, metavar="H", help="pixels")
-    add("--width", type=int, metavar="W", help="pixels")
-    add(
-        "--storyflow",
-        type=_numbers,
-        metavar="M1,M2,M3,M4",
-        help="how much the scene changes from each frame to the next; default: as in training",
-    )
-    _add_frameinit(parser)
-    add("--weights", choices=("ema", "raw"), help="averaged or last; default: ema where it is")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
-    add("--batch-size", type=int, default=8, metavar="N", help="stories at once; default: 8")
-    latents = "float32 (stories, frames, h, w, c)"
-    add(
-        "--initial-latents",
-        "--latents",
-        type=Path,
-        metavar="FILE.npy",
-        help=f"start from these; {latents}",
-    )
-    add("--no-captions", action="store_true", help="no sentences in grid.png and story.gif")
-    add("--save-latents", type=Path, metavar="FILE.npy", help=f"write the final ones; {latents}")
-    return parser.parse_args(argv)
-
-
-def _add_frameinit(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "FrameInit, for continuation",
-        "The initial noise takes low frequencies from the first frame, for steadier frames.",
-    )
-    default = FrameInitConfig()
-    hints = typing.get_type_hints(FrameInitConfig)
-    motions = typing.get_args(CameraMotion)
-    add = group.add_argument
-    add("--frameinit", choices=typing.get_args(hints["method"]), help="filter; default: none")
-    for name, kind, letter, text in (
-        ("level", int, "T", "timestep to whose noise level the first frame is brought"),
-        ("spatial", float, "S", "stop frequency in height and width, 0 to 1"),
-        ("temporal", float, "S", "the same over frames"),
-        ("order", int, "N", "steepness of butterworth"),
-    ):
-        text = f"{text}; default: {getattr(default, name)}"
-        add(f"--frameinit-{name}", type=kind, metavar=letter, help=text)
-    add(
-        "--camera-motion",
-        choices=motions,
-        help="over the complete first frame; default: it is held still",
-    )
 
 
 def main(
@@ -145,65 +37,96 @@ def main(
     if arguments.about:
         print_about(arguments.checkpoint)
         return
-    texts = read_stories(arguments)
-    frameinit = read_frameinit(arguments)
+    check_formats(arguments.format)
+    saved = SavedStory.read(arguments.source) if arguments.source else None
+    plan = read_plan(arguments, saved)
+    if saved is not None:
+        arguments = with_settings(arguments, saved)
+    read_frameinit(arguments)
     initial_latents = arguments.initial_latents and read_latents(arguments.initial_latents)
-    check_writable(arguments.out)
+    check_writable(arguments.out or arguments.source)
     if arguments.save_latents:
         check_writable(arguments.save_latents.parent)
+    generate(arguments, plan, initial_latents)
+    print_paths(plan.folders)
+
+
+def generate(arguments: argparse.Namespace, plan: Plan, initial_latents: np.ndarray | None) -> None:
+    """Generate the stories and write them."""
     # JAX takes seconds to import, and neither --help nor a mistake need wait for it.
     from contextualstory_jax.sampling.arguments import check_stories, read_size
     from contextualstory_jax.sampling.pipeline import StoryPipeline
     from contextualstory_jax.sampling.pretrained import find_checkpoint
 
     checkpoint = find_checkpoint(arguments.checkpoint)
-    pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
+    dtype = arguments.dtype or "float32"
+    pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=dtype)
     config = pipeline.model.config
-    size = height, width = read_size(config, arguments.height, arguments.width)
+    size = read_size(config, arguments.height, arguments.width)
     fitted = None if arguments.camera_motion else size
-    stories = with_frames(texts, fitted)
+    stories = with_frames(plan.stories, fitted)
     check_stories(stories, config.unet, fitted)
-    warn_of_unknown_words(checkpoint, texts)
-    if note := pipeline.tokenizer.truncation_note(s for text in texts for s in text.sentences):
-        print(f"warning: {note}", file=sys.stderr)
+    source = describe_checkpoint(pipeline, checkpoint)
+    warn(pipeline, checkpoint, plan, source)
+    if initial_latents is not None and plan.copies > 1:
+        initial_latents = np.concatenate([np.atleast_1d(initial_latents)] * plan.copies)
     negative_prompt = arguments.negative_prompt
-    if negative_prompt and len(negative_prompt) == 1:
+    if isinstance(negative_prompt, list) and len(negative_prompt) == 1:
         (negative_prompt,) = negative_prompt
+    sampling = override(config.sampling, arguments)
+    options = {
+        "negative_prompt": negative_prompt,
+        "storyflow": arguments.storyflow,
+        "frameinit": read_frameinit(arguments),
+        "camera_motion": arguments.camera_motion,
+    }
     batches = pipeline.draw_batches(
         stories,
-        seed=arguments.seed,
-        sampling=override(config.sampling, arguments),
+        kept=plan.kept(size, plan.saved is not None and plan.saved.checkpoint == source),
+        seed=plan.seeds,
+        shared_noise_seed=plan.shared_noise_seed,
+        sampling=sampling,
         size=size,
-        negative_prompt=negative_prompt,
-        storyflow=arguments.storyflow,
-        batch_size=arguments.batch_size,
+        batch_size=max(arguments.batch_size, plan.copies),
         initial_latents=initial_latents,
-        frameinit=frameinit,
-        camera_motion=arguments.camera_motion,
+        **options,
     )
-    latents = write_batches(batches, texts, arguments)
-    if arguments.save_latents:
-        write_latents(arguments.save_latents, np.concatenate(latents))
-    settings = {
-        "negative_prompt": negative_prompt,
-        "height": height,
-        "width": width,
-        "storyflow": arguments.storyflow or pipeline.storyflow.tolist(),
-        "frameinit": frameinit and dataclasses.asdict(frameinit),
-        "weights": pipeline.weights,
+    if arguments.storyflow is None:
+        options["storyflow"] = pipeline.storyflow.tolist()
+    if options["frameinit"] is not None:
+        options["frameinit"] = dataclasses.asdict(options["frameinit"])
+    settings = dataclasses.asdict(sampling) | options
+    settings |= {"height": size[0], "width": size[1], "dtype": dtype}
+    settings["initial_latents"] = arguments.initial_latents and str(arguments.initial_latents)
+    of_batch = batch_settings(pipeline, plan, arguments.batch_size)
+    write_batches(batches, plan, stories, arguments, source, settings | of_batch)
+    if arguments.out is not None:
+        settings["weights"] = pipeline.weights
+        path_and_step = {"path": str(checkpoint), "step": pipeline.step}
+        write_summary(arguments.out, plan, path_and_step, settings)
+
+
+def batch_settings(pipeline: StoryPipeline, plan: Plan, batch_size: int) -> dict[str, Any]:
+    """What else decides a story's bytes: frames that were kept, the batch's size, the device."""
+    from contextualstory_jax.distributed.sharding import batch_ways
+    from contextualstory_jax.sampling.sample import bucket
+
+    return {
+        "kept": [i for i, kept in enumerate(plan.keep) if kept],
+        "shared_noise_seed": plan.shared_noise_seed,
+        "batch_size": bucket(
+            len(plan.stories), max(batch_size, plan.copies), batch_ways(pipeline.mesh)
+        ),
+        "device": device_kind(),
     }
-    settings = dataclasses.asdict(override(config.sampling, arguments)) | settings
-    source = {"path": str(checkpoint), "step": pipeline.step}
-    write_summary(arguments, texts, source, settings)
-    print_paths(arguments.out, texts)
 
 
-def print_paths(out: Path, texts: Sequence[Story]) -> None:
-    """Print where the first stories are, and how many there are."""
-    for text in texts[:PRINTED_STORIES]:
-        folder = out / folder_name(text.id)
-        print(f"{folder / 'grid.png'}  {folder / 'story.gif'}")
-    print(f"{len(texts)} {'story' if len(texts) == 1 else 'stories'} in {out}")
+def describe_checkpoint(pipeline: StoryPipeline, folder: Path) -> dict[str, Any]:
+    """The checkpoint as `story.json` names it; the path of the model that ships is None."""
+    from contextualstory_jax.sampling.pretrained import SHIPPED
+
+    path = None if folder == SHIPPED else str(folder.absolute())
+    return {"path": path, "step": pipeline.step, "weights": pipeline.weights}
 
 
 def with_frames(texts: Sequence[Story], size: tuple[int, int] | None) -> list[Story]:
@@ -219,51 +142,112 @@ def with_frames(texts: Sequence[Story], size: tuple[int, int] | None) -> list[St
 
 
 def write_batches(
-    batches: Iterable[Generated], texts: Sequence[Story], arguments: argparse.Namespace
-) -> list[np.ndarray]:
-    """Write each batch of stories before the next is generated; returns the latents to save."""
-    waiting, latents = iter(texts), []
+    batches: Iterable[Generated],
+    plan: Plan,
+    stories: Sequence[Story],
+    arguments: argparse.Namespace,
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write each batch of stories before the next is generated, and then what is of all stories.
+
+    Args:
+        batches: in the order of `stories`.
+        plan: folders and seeds.
+        stories: with first frames.
+        arguments: the command's.
+        source: the checkpoint.
+        settings: all else that decides the images, seeds aside.
+    """
+    waiting = iter(zip(plan.folders, stories, plan.seeds, strict=False))
+    all_latents, all_images = [], []
     with tqdm(
-        total=len(texts),
+        total=len(plan.folders),
         unit="story",
         delay=0.5,  # seconds, in which bad input is refused: an error stands alone
-        disable=len(texts) <= arguments.batch_size,
+        disable=len(stories) <= settings["batch_size"],
     ) as bar:
         for batch in batches:
-            for images, text in zip(batch.images, waiting, strict=False):
-                folder = arguments.out / folder_name(text.id)
-                captions = not arguments.no_captions
-                write_story(folder, images, text.sentences, arguments.seed, captions)
+            for images, latents, (folder, story, seed) in zip(*batch, waiting, strict=False):
+                seeds, own = plan.frame_seeds(seed), {**settings, "seed": seed}
+                saved = SavedStory(story, images, latents, seeds, source, own)
+                saved.write(folder, not arguments.no_captions, arguments.format)
                 bar.update()
             if arguments.save_latents:
-                latents.append(batch.latents)
+                all_latents.append(batch.latents)
+            if arguments.candidates is not None:
+                all_images.append(batch.images)
             check()
-    return latents
+    if arguments.save_latents:
+        write_latents(arguments.save_latents, np.concatenate(all_latents)[: len(plan.folders)])
+    if arguments.candidates is not None:
+        labels = [f"candidate {i}, seed {seed}" for i, seed in enumerate(plan.seeds)]
+        with atomic_path(arguments.out / "candidates.png") as temporary:
+            temporary.write_bytes(contact_sheet(np.concatenate(all_images), labels))
 
 
 def write_summary(
-    arguments: argparse.Namespace,
-    texts: Sequence[Story],
-    checkpoint: dict[str, Any],
-    settings: dict[str, Any],
+    out: Path, plan: Plan, checkpoint: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
     """Write `stories.json`: the stories, and all that decides their images."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
-    write_json(
-        arguments.out / "stories.json",
-        {
-            "checkpoint": checkpoint,
-            "versions": {"contextualstory_jax": __version__, **versions},
-            "seed": arguments.seed,
-            "settings": {
-                **settings,
-                "camera_motion": arguments.camera_motion,
-                "dtype": arguments.dtype,
-                "initial_latents": arguments.initial_latents and str(arguments.initial_latents),
-            },
-            "stories": [describe(text) for text in texts],
-        },
-    )
+    stories = zip(plan.stories, plan.folders, strict=False)
+    values = {
+        "checkpoint": checkpoint,
+        "versions": versions(),
+        "seed": plan.seeds[0],
+        "settings": settings,
+        "stories": [describe(story, folder) for story, folder in stories],
+    }
+    write_json(out / "stories.json", values)
+
+
+def describe(story: Story, folder: Path) -> dict[str, Any]:
+    """A story's entry in `stories.json`."""
+    first_frame = story.first_frame
+    if isinstance(first_frame, np.ndarray):  # of a saved story
+        first_frame = folder / "first_frame.png"
+    return {
+        "id": story.id,
+        "folder": folder.name,
+        "sentences": story.sentences,
+        "first_frame": None if first_frame is None else str(first_frame),
+    }
+
+
+def print_paths(folders: Sequence[Path]) -> None:
+    """Print where the first stories are, and how many there are."""
+    for folder in folders[:PRINTED_STORIES]:
+        print(f"{folder / 'grid.png'}  {folder / 'story.gif'}")
+    count = f"{len(folders)} {'story' if len(folders) == 1 else 'stories'}"
+    print(f"{count} in {folders[0].parent}")
+
+
+def warn(pipeline: StoryPipeline, checkpoint: Path, plan: Plan, source: Mapping[str, Any]) -> None:
+    """Print warnings of words and sentences that the model cannot use, and of other versions."""
+    texts = list({story.id: story for story in plan.stories}.values())
+    warn_of_unknown_words(checkpoint, texts)
+    notes = [pipeline.tokenizer.truncation_note(s for text in texts for s in text.sentences)]
+    if plan.saved is not None and any(plan.keep) and plan.saved.checkpoint != source:
+        notes.append("the kept frames are of another model, and are encoded by this one")
+    if plan.saved is not None and plan.repeated:
+        notes.append(changed(plan.saved))
+    for note in filter(None, notes):
+        print("warning:", note, file=sys.stderr)
+
+
+def device_kind() -> str:
+    """The device that images are generated on."""
+    import jax
+
+    return jax.local_devices()[0].device_kind
+
+
+def changed(saved: SavedStory) -> str:
+    """A note where a saved story was made with other versions or on another device."""
+    now = versions() | {"device": device_kind()}
+    then = dict(saved.versions) | {"device": saved.settings.get("device")}
+    others = [f"{name} {then.get(name)}" for name in now if then.get(name) != now[name]]
+    return f"the story was made with {', '.join(others)}; bytes may differ" if others else ""
 
 
 def print_about(checkpoint: str | None) -> None:
@@ -288,61 +272,6 @@ def warn_of_unknown_words(checkpoint: Path, texts: Sequence[Story]) -> None:
     sentences = [sentence for text in texts for sentence in text.sentences]
     for line in warnings(sentences, vocabulary) if vocabulary else ():
         print("warning:", line, file=sys.stderr)
-
-
-def read_stories(arguments: argparse.Namespace) -> list[Story]:
-    """The stories to generate. Raises `UserError` for those that are not right."""
-    if arguments.stories:
-        require(
-            arguments.first_frame is None,
-            '--first-frame goes with --story or --sentence; in --stories a line has "first_frame"',
-        )
-        return read_jsonl(arguments.stories)
-    if arguments.story:
-        story = read_txt(arguments.story)
-    else:
-        story = Story(tuple(check_sentence(s, "--sentence") for s in arguments.sentence))
-    return [story._replace(first_frame=arguments.first_frame)]
-
-
-def read_frameinit(arguments: argparse.Namespace) -> FrameInitConfig | None:
-    """FrameInit as the user wants it, None for none.
-
-    Raises `UserError` for values out of range, and where its options stand alone.
-    """
-    names = [field.name for field in dataclasses.fields(FrameInitConfig) if field.name != "method"]
-    given = {name: getattr(arguments, f"frameinit_{name}") for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    if arguments.frameinit:
-        return FrameInitConfig(arguments.frameinit, **given)
-    alone = [f"--frameinit-{name}" for name in given]
-    alone += ["--camera-motion"] if arguments.camera_motion else []
-    require(not alone, f"{', '.join(alone)} without --frameinit; choose its filter too")
-    return None
-
-
-def override(sampling: SamplingConfig, arguments: argparse.Namespace) -> SamplingConfig:
-    """The checkpoint's way of sampling, with what the user says."""
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    given = {name: getattr(arguments, name) for name in names}
-    return dataclasses.replace(sampling, **{k: v for k, v in given.items() if v is not None})
-
-
-def describe(story: Story) -> dict[str, Any]:
-    """A story's entry in `stories.json`."""
-    return {
-        "id": story.id,
-        "folder": folder_name(story.id),
-        "sentences": story.sentences,
-        "first_frame": None if story.first_frame is None else str(story.first_frame),
-    }
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between") from None
 
 
 if __name__ == "__main__":

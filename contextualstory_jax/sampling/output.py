@@ -10,34 +10,9 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from contextualstory_jax.sampling.export_formats import gif, strip
 from contextualstory_jax.utils.atomic import atomic_path
 from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.files import check_file
-
-
-def write_story(
-    folder: Path,
-    images: UInt8[np.ndarray, "f h w 3"],
-    sentences: Sequence[str],
-    seed: int,
-    captions: bool = True,
-) -> None:
-    """Write `frame_0.png` and so on, `grid.png` and `story.gif`.
-
-    PNGs hold seed and sentence as text. The grid and the animation show small frames enlarged,
-    and each frame's sentence under it if `captions`.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    shown = sentences if captions else None
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        save_frames(temporary, images, sentences, [seed] * len(images))
-        text = png_text([seed], "\n".join(sentences))
-        (temporary / "grid.png").write_bytes(strip(images, shown, text))
-        (temporary / "story.gif").write_bytes(gif(images, shown))
 
 
 def save_frames(

@@ -16,6 +16,7 @@ from contextualstory_jax.utils.files import read_json_lines, read_lines
 
 KEYS = {"id", "sentences", "first_frame"}
 FORM = 'write {"id": "...", "sentences": ["...", ...]}, with "first_frame": "path" if need be'
+MOST_SENTENCES, MOST_CHARACTERS = 100, 1000  # of a story, of a sentence
 
 
 class Story(NamedTuple):
@@ -67,6 +68,20 @@ def check_text(sentence: Any, where: str) -> str:
         f"{where}: {sentence!r} is not Unicode text; write it in UTF-8",
     )
     return sentence.strip()
+
+
+def check_story(story: Story) -> None:
+    """Raise `UserError` for a story with too few, too many or too long sentences."""
+    count, name = len(story.sentences), f"story {story.id!r}"
+    require(count > 0, f"{name} has no sentences; write at least one")
+    require(
+        count <= MOST_SENTENCES, f"{name} has {count} sentences; write at most {MOST_SENTENCES}"
+    )
+    for i, sentence in enumerate(story.sentences):
+        require(
+            len(sentence) <= MOST_CHARACTERS,
+            f"{name}: sentence {i} has {len(sentence)} characters; write at most {MOST_CHARACTERS}",
+        )
 
 
 def read_txt(path: Path) -> Story:

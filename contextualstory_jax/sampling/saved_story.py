@@ -19,7 +19,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from PIL import Image
 
 from contextualstory_jax import __version__
 from contextualstory_jax.data.images import read_image
-from contextualstory_jax.sampling.export_formats import gif, strip
+from contextualstory_jax.sampling.export_formats import FORMATS, strip
 from contextualstory_jax.sampling.output import png_text, read_latents, save_frames
 from contextualstory_jax.sampling.prompts import Story, check_text, folder_name
 from contextualstory_jax.utils.atomic import atomic_path, finish_replacing, write_json
@@ -60,31 +60,34 @@ class SavedStory:
     settings: Mapping[str, Any]  # all else that decides the images
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
-    def write(self, folder: Path, captions: bool = True) -> None:
+    def write(self, folder: Path, captions: bool = True, formats: Collection[str] = ()) -> None:
         """Write the folder, in place of the story that was there; other files in it stay.
 
         Args:
             folder: Made where it is not there.
-            captions: Whether `grid.png` and `story.gif` show the sentences.
+            captions: Whether `grid.png`, `story.gif` and so on show the sentences.
+            formats: Names in `FORMATS` (`export_formats.py`) of more files to write.
 
         Raises:
-            UserError: The folder cannot be written.
+            UserError: The folder cannot be written, or a format's library is not installed.
         """
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            self._write_files(temporary, captions)
+            self._write_files(temporary, captions, formats)
             names = {path.name for path in temporary.iterdir()}
         for path in folder.iterdir():
             if path.name not in names and OWN_FILES.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
-    def _write_files(self, folder: Path, captions: bool) -> None:
+    def _write_files(self, folder: Path, captions: bool, formats: Collection[str]) -> None:
         sentences = self.story.sentences
         shown = sentences if captions else None
         save_frames(folder, self.images, sentences, self.seeds)
         text = png_text(self.seeds, "\n".join(sentences))
         (folder / "grid.png").write_bytes(strip(self.images, shown, text))
-        (folder / "story.gif").write_bytes(gif(self.images, shown))
+        for name in {"gif", *formats} - {"strip"}:
+            file, export = FORMATS[name]
+            (folder / file).write_bytes(export(self.images, shown))
         if self.latents is not None:
             np.save(folder / "latents.npy", self.latents)
         if isinstance(self.story.first_frame, np.ndarray):
@@ -128,7 +131,7 @@ class SavedStory:
         sizes = {f"{frame.shape[0]} x {frame.shape[1]}" for frame in frames}
         require(
             len(sizes) == 1,
-            f"{folder} has frames of different sizes, {' and '.join(sorted(sizes))}",
+            f"{folder} has frames of different sizes, {' and '.join(sorted(sizes))}; {FIX}",
         )
         first = folder / "first_frame.png"
         return cls(
@@ -214,7 +217,7 @@ def _read_frame(path: Path, files: Mapping[str, Any]) -> UInt8[np.ndarray, "h w 
 def _read_latents(
     path: Path, files: Mapping[str, Any], frames: int
 ) -> Float32[np.ndarray, "f p q c"] | None:
-    if not has_file(path):
+    if path.name not in files or not has_file(path):
         return None
     _check_digest(path, files)
     latents = read_latents(path)
