@@ -48,6 +48,7 @@ def test_five_sentences_become_pictures_a_grid_and_an_animation(drawn):
     assert files(drawn).keys() == {
         "stories.json",
         *(f"story/{name}" for name in (*FRAMES, "grid.png", "story.gif")),
+        *("story/latents.npy", "story/story.json"),
     }
     with Image.open(drawn / "story" / "frame_2.png") as image:
         assert image.size == (16, 16)
@@ -247,6 +248,20 @@ def test_another_scheduler_draws_another_picture(drawn, tiny_checkpoint, tmp_pat
         (SAID[:-1] + [" "], "--sentence: a sentence is blank"),
         (["--story", "none.txt"], "cannot read none.txt"),
         (["--story", "empty.txt"], "empty.txt is empty"),
+        (["--stories", "blank.jsonl"], "story 'a' has no sentences; write at least one"),
+        (["--sentence", *["A cat."] * 101], "has 101 sentences; write at most 100"),
+        (["--sentence", "A" * 10_000], "sentence 0 has 10000 characters; write at most 1000"),
+        (SAID + ["--keep", "1"], "--keep without --from; name the story's folder"),
+        (SAID + ["--sentence-at", "1", "A cat."], "--sentence-at without --from"),
+        (SAID + ["--near"], "--near without --from"),
+        (SAID + ["--frame-at", "5", "a.png"], "--frame-at: no frame '5'; .* from 0 to 4"),
+        (SAID + ["--frame-at", "-1", "a.png"], "--frame-at: no frame '-1'"),
+        (SAID + ["--frame-at", "1", "empty.txt"], "empty.txt is not an image"),
+        (SAID + ["--candidates", "0"], "--candidates must be at least 1; got 0"),
+        (SAID + ["--candidates", "2", "--latents", "a.npy"], "leave out --initial-latents"),
+        (["--stories", "a.jsonl", "--candidates", "2"], "--candidates is for one story"),
+        (SAID + ["--format", "pdf,bmp"], "'bmp' is none of png, strip, pdf, gif, mp4, json"),
+        (["--from", "empty.txt"], r"cannot read empty.txt/story.json: Not a directory"),
         (["--stories", "broken.jsonl"], "broken.jsonl:2 is not JSON"),
         (["--stories", "a.jsonl", "--first-frame", "a.png"], "--first-frame goes with --story"),
         (SAID + ["--checkpoint", "none"], "no folder none, and no Hub id OWNER/NAME"),
@@ -259,6 +274,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
     Path("broken.jsonl").write_text(json.dumps({"id": "a", "sentences": SENTENCES}) + "\n{")
+    Path("blank.jsonl").write_text(json.dumps({"id": "a", "sentences": []}))
     before = files(tmp_path)
 
     with pytest.raises(UserError, match=message):

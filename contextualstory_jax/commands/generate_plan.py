@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from contextualstory_jax.config.model_config import FrameInitConfig, SamplingConfig
+from contextualstory_jax.config.build import build
+from contextualstory_jax.config.model_config import CameraMotion, FrameInitConfig, SamplingConfig
 from contextualstory_jax.data.images import read_image
 from contextualstory_jax.sampling.prompts import (
     Kept,
@@ -26,9 +27,21 @@ from contextualstory_jax.sampling.prompts import (
 from contextualstory_jax.sampling.saved_story import JSON, SavedStory
 from contextualstory_jax.utils.errors import brief, require
 
-SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
-STORED = (*SAMPLING, "negative_prompt", "height", "width", "storyflow", "camera_motion", "dtype")
 MOST_COPIES = 1024  # of a story that fill a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredSettings:
+    """What `generate --from` takes from a story beside `SamplingConfig` and `FrameInitConfig`."""
+
+    negative_prompt: str | tuple[str, ...] | None = None
+    height: int | None = None
+    width: int | None = None
+    storyflow: tuple[float, ...] | None = None
+    camera_motion: CameraMotion | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    path: str | None = None  # of the checkpoint
+    weights: Literal["ema", "raw"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +62,7 @@ class Plan:
         """How often each story is generated."""
         return len(self.stories) // len(self.folders)
 
-    def kept(self, size: tuple[int, int], same_model: bool) -> list[Kept | None] | None:
+    def kept(self, size: tuple[int, int], same_model: bool) -> list[Kept] | None:
         """The frames that stay, for each story.
 
         Args:
@@ -98,6 +111,11 @@ def read_plan(arguments: argparse.Namespace, saved: SavedStory | None) -> Plan:
         )
         and arguments.seed is None
     )
+    latents = saved.settings.get("initial_latents") if saved is not None else None
+    require(
+        not repeated or latents is None or arguments.initial_latents is not None,
+        f"{arguments.source} began from --initial-latents {brief(latents)}; give them, or a --seed",
+    )
     keep = _keep(arguments, saved, count, repeated) | own.keys()
     if keep and stories[0].first_frame is not None and saved is not None:
         keep |= {0}
@@ -145,17 +163,21 @@ def read_stories(arguments: argparse.Namespace, saved: SavedStory | None) -> lis
 
 def with_settings(arguments: argparse.Namespace, saved: SavedStory) -> argparse.Namespace:
     """Arguments in which those that are not given are those of a saved story."""
-    stored = {name: saved.settings.get(name) for name in STORED}
-    if isinstance(stored["negative_prompt"], str):
-        stored["negative_prompt"] = [stored["negative_prompt"]]
-    frameinit = saved.settings.get("frameinit")
+    values = {**saved.settings, **(saved.checkpoint if arguments.checkpoint is None else {})}
+    names = [field.name for field in dataclasses.fields(StoredSettings)]
+    known = {name: values[name] for name in names if name in values}
+    stored = dataclasses.asdict(build(StoredSettings, known, f"{JSON}: "))
+    stored["checkpoint"] = stored.pop("path")
+    prompt = stored["negative_prompt"]
+    stored["negative_prompt"] = [prompt] if isinstance(prompt, str) else prompt and list(prompt)
+    stored["storyflow"] = stored["storyflow"] and list(stored["storyflow"])
+    for field in dataclasses.fields(SamplingConfig):
+        stored[field.name] = values.get(field.name)
+    frameinit = values.get("frameinit")
     if isinstance(frameinit, Mapping):
         stored["frameinit"] = frameinit.get("method")
         for field in dataclasses.fields(FrameInitConfig)[1:]:
             stored[f"frameinit_{field.name}"] = frameinit.get(field.name)
-    if arguments.checkpoint is None:
-        stored["checkpoint"] = saved.checkpoint.get("path")
-        stored["weights"] = saved.checkpoint.get("weights")
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     return argparse.Namespace(**(vars(arguments) | stored | given))
 
@@ -207,7 +229,8 @@ def _keep(
         return set(range(count)) - {int(i) for i, _ in arguments.sentence_at}
     if repeated:
         kept = saved.settings.get("kept", [])
-        return {_frame(f"{arguments.source}, settings.kept", i, count) for i in kept}
+        require(isinstance(kept, list), f"{JSON}: settings.kept is {brief(kept)}, not a list")
+        return {_frame(f"{JSON}: settings.kept", i, count) for i in kept}
     return {i for i, seed in enumerate(saved.seeds) if seed is None}
 
 
@@ -228,7 +251,9 @@ def _check_kept(
 def _seed(arguments: argparse.Namespace, saved: SavedStory | None) -> int:
     if arguments.seed is not None or saved is None:
         return arguments.seed or 0
-    return saved.settings.get("seed", 0)
+    seed = saved.settings.get("seed", 0)
+    require(type(seed) is int, f"{JSON}: settings.seed is {brief(seed)}, not an integer")
+    return seed
 
 
 def _shared_seed(

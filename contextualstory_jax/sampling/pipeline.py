@@ -263,7 +263,8 @@ class StoryPipeline:
             frames: numbers of the frames to generate, from 0; in continuation from 1.
             seed: of the new frames.
             near: whether they stay near to the old ones, by the part of the noise that is shared.
-            options: those of `draw_batches`; the size is that of the images.
+            options: those of `draw_batches`, by default a `SavedStory`'s own; the size is that of
+                the images.
 
         Returns:
             The story with new images, latents and seeds.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -13,6 +13,7 @@ from contextualstory_jax.config.model_config import UNetConfig
 from contextualstory_jax.sampling.arguments import SEEDS, check_integer, read_frames
 from contextualstory_jax.sampling.prompts import Kept, Story
 from contextualstory_jax.sampling.sample import Generated
+from contextualstory_jax.sampling.saved_story import SavedStory
 from contextualstory_jax.utils.errors import UserError, require
 
 
@@ -65,6 +66,8 @@ def regenerate(
     asked, images = story.story, np.asarray(story.images)
     if unet.is_continuation:
         asked = asked._replace(first_frame=images[0])
+    if isinstance(story, SavedStory):
+        options = story.options() | options
     keep = tuple(i not in again for i in range(unet.n_frames))
     if images.ndim == 4:
         options = {"size": images.shape[1:3], **options}
@@ -72,6 +75,9 @@ def regenerate(
         options["shared_noise_seed"] = _seed_of([story.seeds[i] for i in again])
     kept = [Kept(images, story.latents, keep)] if any(keep) else None
     generated = draw([asked], kept=kept, seed=seed, **options)
+    if isinstance(story, SavedStory):
+        new = story.regenerated(generated.images[0], generated.latents[0], keep, seed, options)
+        return cast(S, new)
     seeds = tuple(old if kept else seed for old, kept in zip(story.seeds, keep, strict=True))
     return dataclasses.replace(
         story, images=generated.images[0], latents=generated.latents[0], seeds=seeds

@@ -19,7 +19,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from contextualstory_jax import __version__
+from contextualstory_jax.config.build import build
+from contextualstory_jax.config.model_config import FrameInitConfig, SamplingConfig
 from contextualstory_jax.data.images import read_image
 from contextualstory_jax.sampling.export_formats import FORMATS, strip
 from contextualstory_jax.sampling.output import png_text, read_latents, save_frames
@@ -103,6 +105,64 @@ class SavedStory:
             "files": {path.name: _digest(path) for path in sorted(folder.iterdir())},
         }
         write_json(folder / JSON, values)
+
+    def options(self) -> dict[str, Any]:
+        """Options of `StoryPipeline.draw` with which the story was generated, seeds and size aside.
+
+        Raises:
+            UserError: A setting is no such value.
+        """
+        names = ("negative_prompt", "storyflow", "camera_motion")
+        options = {name: self.settings[name] for name in names if name in self.settings}
+        fields = [field.name for field in dataclasses.fields(SamplingConfig)]
+        sampling = {name: self.settings[name] for name in fields if name in self.settings}
+        if len(sampling) == len(fields):
+            options["sampling"] = build(SamplingConfig, sampling, f"{JSON}: ")
+        if isinstance(frameinit := self.settings.get("frameinit"), Mapping):
+            options["frameinit"] = build(FrameInitConfig, frameinit, f"{JSON}: frameinit.")
+        return options
+
+    def regenerated(
+        self,
+        images: UInt8[np.ndarray, "f h w 3"],
+        latents: Float32[np.ndarray, "f p q c"],
+        keep: Sequence[bool],
+        seed: int,
+        options: Mapping[str, Any],
+    ) -> SavedStory:
+        """The story with new frames, and settings that generate them again.
+
+        Args:
+            images: All frames.
+            latents: Those of all frames.
+            keep: Which frames are those of this story.
+            seed: Of the other frames.
+            options: Those of `StoryPipeline.draw` that they were generated with.
+        """
+        settings = dict(self.settings)
+        for name, value in options.items():
+            if name == "sampling":
+                settings |= dataclasses.asdict(value)
+            elif name == "frameinit":
+                settings[name] = value and dataclasses.asdict(value)
+            elif name in ("negative_prompt", "storyflow", "camera_motion"):
+                settings[name] = value if isinstance(value, str | None) else list(value)
+        settings |= {
+            "seed": seed,
+            "kept": [i for i, kept in enumerate(keep) if kept],
+            "shared_noise_seed": options.get("shared_noise_seed"),
+            "batch_size": 1,
+            "initial_latents": None,
+        }
+        seeds = [old if kept else seed for old, kept in zip(self.seeds, keep, strict=True)]
+        return dataclasses.replace(
+            self,
+            images=images,
+            latents=latents,
+            seeds=tuple(seeds),
+            settings=settings,
+            versions=versions(),
+        )
 
     @classmethod
     def read(cls, folder: Path) -> SavedStory:
