@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -172,12 +173,12 @@ class SavedStory:
             UserError: It is none, is damaged, or is in the format of a newer version.
         """
         while True:
-            text, error = _read_text(folder), None
+            version, error = _read_version(folder), None
             try:
-                saved = cls._parse(folder, text)
+                saved = cls._parse(folder, version[0])
             except UserError as caught:
                 saved, error = None, caught
-            if _read_text(folder) != text:
+            if _read_version(folder) != version:
                 continue  # another story took its place meanwhile
             if saved is None:
                 raise error or AssertionError
@@ -213,13 +214,18 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _read_text(folder: Path) -> bytes:
-    """The bytes of `story.json`, all other files being those that it belongs to."""
+def _read_version(folder: Path) -> tuple[bytes, int, int]:
+    """The bytes of `story.json`, with all pending files in place; inode and time of the file.
+
+    The last two differ where the same story was written again after another one.
+    """
     with contextlib.suppress(OSError):  # where the folder is read-only
         finish_replacing(folder)
     check_file(folder / JSON, "name a story folder that `generate` wrote")
     try:
-        return (folder / JSON).read_bytes()
+        with (folder / JSON).open("rb") as file:
+            status = os.fstat(file.fileno())
+            return file.read(), status.st_ino, status.st_mtime_ns
     except OSError as error:
         raise UserError(f"cannot read {folder / JSON}: {error.strerror}; {FIX}") from error
 

@@ -76,8 +76,10 @@ def violations(module: str, source: str) -> set[str]:
             return True  # relative: written in full, an import shows which way it runs
         if library == PACKAGE:
             there = rest.split(".")[0]
+            if there == "__version__":
+                return False
             if here == "commands":
-                return there not in MAY_IMPORT[here] | COMMANDS | {"__version__"}
+                return there not in MAY_IMPORT[here] | COMMANDS
             return there not in MAY_IMPORT[here] | {here}
         return library in NOWHERE or here not in ONLY_IN.get(library, {here})
 
