@@ -83,7 +83,7 @@ def generate(arguments: argparse.Namespace, plan: Plan, initial_latents: np.ndar
     batches = pipeline.draw_batches(
         stories,
         kept=plan.kept(size, plan.saved is not None and plan.saved.checkpoint == source),
-        seed=plan.seeds,
+        seed=plan.seeds if len(set(plan.seeds)) > 1 else plan.seeds[0],
         shared_noise_seed=plan.shared_noise_seed,
         sampling=sampling,
         size=size,

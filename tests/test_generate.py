@@ -224,7 +224,7 @@ def test_another_scheduler_draws_another_picture(drawn, tiny_checkpoint, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one of the arguments --story --stories --sentence is required; see --help"),
+        ([], "one of the arguments --story --stories --sentence --from is required; see --help"),
         (["--sentence", "A cat.", "--story", "a.txt"], "not allowed with argument"),
         (SAID + ["--step", "5"], "unrecognized arguments: --step 5"),
         (
