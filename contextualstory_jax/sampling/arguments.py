@@ -25,7 +25,13 @@ from contextualstory_jax.config.model_config import (
 )
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.images import read_image, to_rgb
-from contextualstory_jax.sampling.prompts import Kept, Story, check_text, fit_image
+from contextualstory_jax.sampling.prompts import (
+    MOST_SENTENCES,
+    Kept,
+    Story,
+    check_text,
+    fit_image,
+)
 from contextualstory_jax.sampling.sample import fill
 from contextualstory_jax.utils.errors import require
 
@@ -208,8 +214,8 @@ def check_stories(stories: Sequence[Story], unet: UNetConfig, size: tuple[int, i
         for sentence in _items(f"{name}: sentences", story.sentences):
             check_text(sentence, name)
         require(
-            len(story.sentences) == unet.n_frames,
-            f"{name} has {len(story.sentences)} sentences; this model needs {unet.n_frames}",
+            1 <= len(story.sentences) <= MOST_SENTENCES,
+            f"{name} has {len(story.sentences)} sentences; write 1 to {MOST_SENTENCES}",
         )
         require(
             unet.is_continuation or image is None,
@@ -325,26 +331,26 @@ def check_shared_noise(seed: Any, initial_latents: Any, noise: NoiseConfig) -> N
 
 
 def read_kept(
-    kept: Any, stories: int, shape: tuple[int, ...], size: tuple[int, int]
+    kept: Any, stories: Sequence[Story], shape: tuple[int, ...], size: tuple[int, int]
 ) -> list[Kept | None]:
     """The frames that each story keeps, None where it keeps none.
 
     Args:
-        shape: of a story's latents.
-        size: height and width of its images.
+        shape: of a frame's latents.
+        size: height and width of its image.
 
     Raises:
         UserError: where there are too few or too many, and where they do not fit the model.
     """
     if kept is None:
-        return [None] * stories
+        return [None] * len(stories)
     require(
-        isinstance(kept, list | tuple) and len(kept) == stories,
-        f"kept must be a list of {stories}, a Kept or None for each story; got {shown(kept)}",
+        isinstance(kept, list | tuple) and len(kept) == len(stories),
+        f"kept must be a list of {len(stories)}, a Kept or None for each story; got {shown(kept)}",
     )
     for i, one in enumerate(kept):
         if one is not None:
-            _check_kept(f"kept[{i}]", one, shape, size)
+            _check_kept(f"kept[{i}]", one, (len(stories[i].sentences), *shape), size)
     return list(kept)
 
 
@@ -381,9 +387,12 @@ def _check_kept(name: str, kept: Any, shape: tuple[int, ...], size: tuple[int, i
     )
 
 
-def read_frames(frames: Any, unet: UNetConfig) -> list[int]:
-    """Numbers of frames to generate again. Raises `UserError` for those that cannot be."""
-    first, last = int(unet.is_continuation), unet.n_frames - 1
+def read_frames(frames: Any, unet: UNetConfig, count: int) -> list[int]:
+    """Numbers of those of `count` frames to generate again.
+
+    Raises `UserError` for those that cannot be.
+    """
+    first, last = int(unet.is_continuation), count - 1
     numbers = list(frames) if isinstance(frames, list | tuple | range) else []
     require(
         len(numbers) > 0,

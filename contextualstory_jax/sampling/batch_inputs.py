@@ -45,7 +45,7 @@ def read_asked(
     kept: Any,
     initial_latents: Any,
 ) -> list[Asked]:
-    """The arguments of a call, story by story; see `StoryPipeline.requests`.
+    """The arguments of a call, story by story; see `StoryPipeline.request`.
 
     Args:
         shape: of a story's latents.
@@ -57,7 +57,7 @@ def read_asked(
     seeds = read_seeds(seed, count)
     check_shared_noise(shared_noise_seed, initial_latents, config.noise)
     shared = seeds if shared_noise_seed is None else [shared_noise_seed] * count
-    all_kept = read_kept(kept, count, shape, (height, width))
+    all_kept = read_kept(kept, stories, shape[1:], (height, width))
     noise: list[Any] = [None] * count
     if initial_latents is not None:
         noise = list(read_latents(initial_latents, (count, *shape)))
@@ -82,8 +82,8 @@ def batch_inputs(
     """
     full = fill(batch, batch_size)
     ids = jnp.stack([tokenizer(asked.story.sentences) for asked in full])
-    noise_keys, step_keys, frame_keys = _keys([(one.story.id, one.seed) for one in full])
-    shared_keys, *_ = _keys([(one.story.id, one.shared_seed) for one in full])
+    noise_keys, step_keys, frame_keys = random_keys([(one.story.id, one.seed) for one in full])
+    shared_keys, *_ = random_keys([(one.story.id, one.shared_seed) for one in full])
     given = [one.noise for one in full if one.noise is not None]
     if given:
         noise = np.stack(given)
@@ -109,7 +109,7 @@ def batch_inputs(
     return Inputs(ids, noise, step_keys, frame_keys, first_frames, keep, clean)
 
 
-def _keys(stories: Sequence[tuple[str, int]]) -> Key[Array, "3 b"]:
+def random_keys(stories: Sequence[tuple[str, int]]) -> Key[Array, "3 b"]:
     """Keys of the noise, the steps and the first frame's posterior, of stories' ids and seeds."""
     keys = jnp.stack([story_key(seed, name) for name, seed in stories])
     return jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)

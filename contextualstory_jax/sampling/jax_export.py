@@ -42,7 +42,7 @@ def export_generation(
     Args:
         batch_size: stories at once.
         platforms: some of cpu, cuda, rocm and tpu.
-        options: those of `StoryPipeline.requests`. Their size, solver and branches of guidance are
+        options: those of `StoryPipeline.request`. Their size, solver and branches of guidance are
             the program's; everything else is the request's.
 
     Raises:
@@ -53,7 +53,7 @@ def export_generation(
         "flatbuffers is not installed; install the package with the extra [export]",
     )
     size = read_size(pipeline.model.config, *(options.get("size") or (None, None)))
-    request = _one_request(pipeline, pipeline.blank_stories(batch_size, size), options)
+    request = pipeline.request(pipeline.blank_stories(batch_size, size), **options)
     program = jax.jit(_flat_program(pipeline.model, request))
     arguments = _weights(pipeline), _named(request)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
@@ -67,20 +67,13 @@ def generation_arrays(
 
     Args:
         sentences: of one story, or as many stories as the program was exported for.
-        options: those of `StoryPipeline.requests`.
+        options: those of `StoryPipeline.request`.
 
     Raises:
         UserError: for input that does not fit the model.
     """
     stories, _ = read_stories(sentences)
-    return _weights(pipeline), _named(_one_request(pipeline, stories, options))
-
-
-def _one_request(
-    pipeline: StoryPipeline, stories: Sequence[Story], options: dict[str, Any]
-) -> Request:
-    request, _ = next(pipeline.requests(stories, **{**options, "batch_size": len(stories)}))
-    return request
+    return _weights(pipeline), _named(pipeline.request(stories, **options))
 
 
 def _weights(pipeline: StoryPipeline) -> Arrays:

@@ -42,7 +42,6 @@ from contextualstory_jax.sampling.arguments import (
     read_size,
     read_stories,
     read_storyflow,
-    shown,
 )
 from contextualstory_jax.sampling.batch_inputs import batch_inputs, read_asked, with_kept_images
 from contextualstory_jax.sampling.callbacks import StepCallback, after_each_step
@@ -58,10 +57,10 @@ from contextualstory_jax.sampling.sample import (
     generation_programs,
     shared_programs,
 )
+from contextualstory_jax.sampling.windows import BATCH_SIZE, OVERLAP, draw_any_length, latent_shape
 from contextualstory_jax.utils.errors import require
 
 DTYPES = ("float32", "bfloat16")
-BATCH_SIZE = 8  # stories at once, where nothing else is said
 
 
 class StoryPipeline:
@@ -313,45 +312,45 @@ class StoryPipeline:
         return [Story([""] * unet.n_frames, first_frame=black)] * count
 
     def draw_batches(
-        self,
-        stories: Sequence[Story],
-        *,
-        kept: Sequence[Kept | None] | None = None,
-        callback_on_step_end: StepCallback | None = None,
-        **options: Any,
+        self, stories: Sequence[Story], *, window_overlap: int = OVERLAP, **options: Any
     ) -> Iterator[Generated]:
         """Generate stories in batches of one size, in order.
 
+        Stories that follow one another and have as many sentences share a batch. More sentences
+        than the model has frames are generated in windows (`windows.py`).
+
         Args:
-            stories: with their first frames, in continuation.
-            kept: for each story the frames that stay, byte for byte, and that others are to fit.
-            callback_on_step_end: a `StepCallback`; that it is called changes no bit of the result.
-            options: those of `requests`.
+            stories: of 1 to 100 sentences, with their first frames, in continuation.
+            window_overlap: frames that each window keeps of the one before.
+            options: those of `request`, and `callback_on_step_end`, a `StepCallback`, which is
+                called after each step of each window; that it is called changes no bit.
 
         Raises:
             UserError: for input that does not fit the model, before anything is generated.
         """
-        require(
-            callback_on_step_end is None or callable(callback_on_step_end),
-            f"callback_on_step_end must be a function; got {shown(callback_on_step_end)}",
-        )
-        self.interrupt = False
-        start = 0
-        for request, real in self.requests(stories, kept=kept, **options):
-            after_step = None
-            if callback_on_step_end is not None:
-                after_step = after_each_step(
-                    callback_on_step_end, self, self._place, request.sampler, real
-                )
-            self._log.before((request.branches, request.inputs.noise.shape, request.sampler.step))
-            generated = generate(self._programs, self.params, request, after_step)
-            generated = Generated(*(np.asarray(array)[:real] for array in generated))
-            yield with_kept_images(generated, kept[start : start + real]) if kept else generated
-            start += real
-            if self.interrupt:
-                return
+        return draw_any_length(self, stories, window_overlap, options)
 
-    def requests(
+    def draw_window(
+        self,
+        stories: Sequence[Story],
+        *,
+        kept: Sequence[Kept | None],
+        callback_on_step_end: StepCallback | None = None,
+        **options: Any,
+    ) -> Generated:
+        """Generate one batch of stories of as many sentences as the model has frames."""
+        request = self.request(stories, kept=kept, **options)
+        after_step = None
+        if callback_on_step_end is not None:
+            after_step = after_each_step(
+                callback_on_step_end, self, self._place, request.sampler, len(stories)
+            )
+        self._log.before((request.branches, request.inputs.noise.shape, request.sampler.step))
+        generated = generate(self._programs, self.params, request, after_step)
+        real = Generated(*(np.asarray(array)[: len(stories)] for array in generated))
+        return with_kept_images(real, kept)
+
+    def request(
         self,
         stories: Sequence[Story],
         *,
@@ -362,55 +361,54 @@ class StoryPipeline:
         size: tuple[int, int] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         storyflow: Sequence[float] | None = None,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         initial_latents: np.ndarray | None = None,
         frameinit: FrameInitConfig | None = None,
         camera_motion: str | None = None,
-    ) -> Iterator[tuple[Request, int]]:
-        """The arrays that batches are generated from, and how many stories of each are asked for.
+    ) -> Request:
+        """The arrays that a batch of stories is generated from.
 
         Args:
-            stories: with their first frames, in continuation.
-            kept: for each story the frames that stay, if any.
-            seed: 0 to 2^32 - 1, or one for each story; with a story's id it decides its noise.
-            shared_noise_seed: of the noise that frames share, to stay near to that seed's frames.
+            stories: of as many sentences as the model has frames; with their first frames, in
+                continuation.
+            kept: for each story the frames that stay, byte for byte, and that others are to fit.
+            seed: 0 to 2^32 - 1, for all stories or one each; with a story's id it decides its
+                noise.
+            shared_noise_seed: the seed of the part of the noise that a story's frames share, to
+                stay near to what that seed gave; by default that of `seed`.
             sampling: steps, scheduler and scales; by default the model's own.
             size: height and width in pixels; by default the model's own.
             negative_prompt: the text that guidance leads away from, one for all frames or one
                 each; by default the empty one.
             storyflow: scene changes from each frame to the next; by default the training mean.
-            batch_size: stories at once, at most.
+            batch_size: of the batch, which the last story fills; by default their number.
             initial_latents: standard normal float32 `(b, f, p, q, c)`, in place of the seed's.
             frameinit: for low frequencies of the first frame in them, in continuation.
             camera_motion: one of `config.CameraMotion`, over a first frame of any size.
 
         Raises:
-            UserError: for input that does not fit the model, before anything is generated.
+            UserError: for input that does not fit the model.
         """
         config = self.model.config
         height, width = read_size(config, *(size or (None, None)))
-        shape = (config.unet.n_frames, *config.latent_size(height, width), config.unet.in_channels)
+        shape = (config.unet.n_frames, *latent_shape(config, (height, width)))
         sampling = read_sampling(config, sampling)
         sampler = make_sampler(config.scheduler, sampling, config.kept_frames)
         motion = self.storyflow if storyflow is None else read_storyflow(storyflow, config.unet)
         check_stories(stories, config.unet, None if camera_motion else (height, width))
+        counts = {len(story.sentences) for story in stories}
+        require(counts == {shape[0]}, f"a window has {shape[0]} sentences; got {counts}")
         check_frameinit(frameinit, camera_motion, config.unet)
         null_ids = self.tokenizer(read_negative_prompt(negative_prompt, config.unet.n_frames))
         mixing = frameinit and make_frameinit(frameinit, config.scheduler, shape[:3])
         asked = read_asked(config, shape, stories, seed, shared_noise_seed, kept, initial_latents)
-        batch_size = check_integer("batch_size", batch_size, 1)
-        batch_size = bucket(len(stories), batch_size, batch_ways(self.mesh))
+        count = batch_size or bucket(len(stories), len(stories), batch_ways(self.mesh))
         branches = num_branches(sampling.guidance_scale, sampling.image_guidance_scale)
-        scales = Scales.of(sampling)
         encode = functools.partial(self._programs.encode, self.params)
-        inputs_of = functools.partial(
-            batch_inputs, config, self.tokenizer, encode, shape, camera_motion
-        )
-        for start in range(0, len(asked), batch_size):
-            batch = asked[start : start + batch_size]
-            inputs = jax.tree.map(self._place, inputs_of(batch, batch_size))
-            request = Request(branches, inputs, null_ids, motion, sampler, scales, mixing)
-            yield request, len(batch)
+        inputs = batch_inputs(config, self.tokenizer, encode, shape, camera_motion, asked, count)
+        inputs = jax.tree.map(self._place, inputs)
+        scales = Scales.of(sampling)
+        return Request(branches, inputs, null_ids, motion, sampler, scales, mixing)
 
     def _place(self, array: Any) -> jax.Array:
         """An array that every process has in full, split by story."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from contextualstory_jax.utils.errors import UserError, require
+from contextualstory_jax.utils.errors import UserError, brief, require
 from contextualstory_jax.utils.files import read_json_lines, read_lines
 
-KEYS = {"id", "sentences", "first_frame"}
+KEYS = {"id", "sentences", "first_frame", "context"}
 FORM = 'write {"id": "...", "sentences": ["...", ...]}, with "first_frame": "path" if need be'
 MOST_SENTENCES, MOST_CHARACTERS = 100, 1000  # of a story, of a sentence
 
@@ -26,6 +27,8 @@ class Story(NamedTuple):
     id: str = "story"  # with the seed it decides the noise
     # A path until it is read; then of the size to generate, or of any for a camera to move over.
     first_frame: UInt8[np.ndarray, "h w 3"] | Path | None = None
+    # By a sentence's number, its words where a window begins with it (`windows.py`).
+    context: Mapping[int, str] = MappingProxyType({})
 
 
 class Kept(NamedTuple):
@@ -134,7 +137,20 @@ def _parse(values: dict[str, Any], where: str, folder: Path) -> Story:
         tuple(check_text(sentence, where) for sentence in sentences),
         values["id"],
         None if first_frame is None else folder / first_frame,
+        read_context(values.get("context", {}), len(sentences), where),
     )
+
+
+def read_context(context: Any, sentences: int, where: str) -> dict[int, str]:
+    """A story's context, from JSON. Raises `UserError` for anything else."""
+    fix = 'write {"3": "..."}, the words of sentence 3 where a window begins with it'
+    require(isinstance(context, dict), f"{where}: context is {brief(context)}; {fix}")
+    for number in context:
+        require(
+            number.isdecimal() and int(number) < sentences,
+            f"{where}: context of {brief(number)}, which is no sentence's number; {fix}",
+        )
+    return {int(number): check_sentence(text, where) for number, text in context.items()}
 
 
 def _require_some(stories: Sized, path: Path) -> None:

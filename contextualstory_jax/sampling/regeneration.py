@@ -61,14 +61,14 @@ def regenerate(
     Args:
         draw: `StoryPipeline.draw` of the model that `unet` is of.
     """
-    again = read_frames(frames, unet)
-    seed = check_integer("seed", seed, *SEEDS)
     asked, images = story.story, np.asarray(story.images)
+    again = read_frames(frames, unet, len(asked.sentences))
+    seed = check_integer("seed", seed, *SEEDS)
     if unet.is_continuation:
         asked = asked._replace(first_frame=images[0])
     if isinstance(story, SavedStory):
         options = story.options() | options
-    keep = tuple(i not in again for i in range(unet.n_frames))
+    keep = tuple(i not in again for i in range(len(asked.sentences)))
     if images.ndim == 4:
         options = {"size": images.shape[1:3], **options}
     if near:

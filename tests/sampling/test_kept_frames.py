@@ -108,7 +108,7 @@ def test_new_frames_follow_from_the_kept_ones_and_from_nothing_else_that_is_hand
 
 
 def test_nothing_kept_is_bit_for_bit_the_program_without_kept_frames(pipeline):
-    request, _ = next(pipeline.requests([STORY], seed=1))
+    request = pipeline.request([STORY], seed=1)
     branches, inputs, null_ids, motion, sampler, scales, frameinit = request
     given, latents = pipeline._programs.prepare(
         branches, pipeline.params, inputs, null_ids, motion, scales, 1.0, frameinit
@@ -164,7 +164,7 @@ def test_candidates_are_one_story_with_several_seeds(pipeline):
 
 def test_near_keeps_the_shared_part_of_the_noise(pipeline, saved):
     def noise(**seeds) -> np.ndarray:
-        request, _ = next(pipeline.requests([STORY], **seeds))
+        request = pipeline.request([STORY], **seeds)
         return np.asarray(request.inputs.noise[0])
 
     old, new, near = noise(seed=3), noise(seed=5), noise(seed=5, shared_noise_seed=3)

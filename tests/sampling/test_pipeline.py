@@ -34,8 +34,8 @@ TEXT_LONG = SamplingConfig(steps=9, guidance_scale=2.0)
 
 
 def noise_of(pipeline: StoryPipeline, stories: list[Story], seed: int) -> np.ndarray:
-    request, real = next(pipeline.requests(stories, seed=seed))
-    return np.asarray(request.inputs.noise)[:real]
+    request = pipeline.request(stories, seed=seed)
+    return np.asarray(request.inputs.noise)[: len(stories)]
 
 
 def levels_apart(a: np.ndarray, b: np.ndarray) -> int:
@@ -320,7 +320,7 @@ def test_a_moving_camera_films_the_clip_that_frameinit_starts_from(continuation)
     wide = np.random.default_rng(1).integers(0, 256, (20, 40, 3), np.uint8)
 
     options = {"frameinit": FrameInitConfig(), "camera_motion": "pan_left"}
-    request, _ = next(continuation.requests([Story(SENTENCES, "a", wide)], **options))
+    request = continuation.request([Story(SENTENCES, "a", wide)], **options)
 
     np.testing.assert_array_equal(request.inputs.first_frame[0], film(wide, "pan_left", 5, 16, 16))
 
