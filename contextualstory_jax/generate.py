@@ -16,7 +16,7 @@ from contextualstory_jax.commands.generate_arguments import override, parse, rea
 from contextualstory_jax.commands.generate_plan import Plan, read_plan, with_settings
 from contextualstory_jax.sampling.export_formats import check_formats, contact_sheet
 from contextualstory_jax.sampling.output import read_latents, write_latents
-from contextualstory_jax.sampling.prompts import Story
+from contextualstory_jax.sampling.prompts import OVERLAP, Story
 from contextualstory_jax.sampling.saved_story import SavedStory, versions
 from contextualstory_jax.utils.atomic import atomic_path, check_writable, write_json
 from contextualstory_jax.utils.cli import run
@@ -54,7 +54,7 @@ def main(
 def generate(arguments: argparse.Namespace, plan: Plan, initial_latents: np.ndarray | None) -> None:
     """Generate the stories and write them."""
     # JAX takes seconds to import, and neither --help nor a mistake need wait for it.
-    from contextualstory_jax.sampling.arguments import check_stories, read_size
+    from contextualstory_jax.sampling.arguments import check_integer, check_stories, read_size
     from contextualstory_jax.sampling.pipeline import StoryPipeline
     from contextualstory_jax.sampling.pretrained import find_checkpoint
 
@@ -67,7 +67,9 @@ def generate(arguments: argparse.Namespace, plan: Plan, initial_latents: np.ndar
     stories = with_frames(plan.stories, fitted)
     check_stories(stories, config.unet, fitted)
     source = describe_checkpoint(pipeline, checkpoint)
-    warn(pipeline, checkpoint, plan, source)
+    overlap = OVERLAP if arguments.window_overlap is None else arguments.window_overlap
+    check_integer("--window-overlap", overlap, 1, config.unet.n_frames - 1)
+    warn(pipeline, checkpoint, plan, source, overlap)
     if initial_latents is not None and plan.copies > 1:
         initial_latents = np.concatenate([np.atleast_1d(initial_latents)] * plan.copies)
     negative_prompt = arguments.negative_prompt
@@ -79,6 +81,7 @@ def generate(arguments: argparse.Namespace, plan: Plan, initial_latents: np.ndar
         "storyflow": arguments.storyflow,
         "frameinit": read_frameinit(arguments),
         "camera_motion": arguments.camera_motion,
+        "window_overlap": overlap,
     }
     batches = pipeline.draw_batches(
         stories,
@@ -210,6 +213,7 @@ def describe(story: Story, folder: Path) -> dict[str, Any]:
         "id": story.id,
         "folder": folder.name,
         "sentences": story.sentences,
+        "context": {str(i): words for i, words in story.context.items()},
         "first_frame": None if first_frame is None else str(first_frame),
     }
 
@@ -222,11 +226,22 @@ def print_paths(folders: Sequence[Path]) -> None:
     print(f"{count} in {folders[0].parent}")
 
 
-def warn(pipeline: StoryPipeline, checkpoint: Path, plan: Plan, source: Mapping[str, Any]) -> None:
+def warn(
+    pipeline: StoryPipeline, checkpoint: Path, plan: Plan, source: Mapping[str, Any], overlap: int
+) -> None:
     """Print warnings of words and sentences that the model cannot use, and of other versions."""
+    from contextualstory_jax.sampling.windows import unclear_starts
+
     texts = list({story.id: story for story in plan.stories}.values())
     warn_of_unknown_words(checkpoint, texts)
     notes = [pipeline.tokenizer.truncation_note(s for text in texts for s in text.sentences)]
+    length = pipeline.model.config.unet.n_frames
+    for text in texts:
+        notes += [
+            f"story {text.id!r}: sentence {i} begins a window, which does not know whom "
+            f"{text.sentences[i].split()[0]!r} means; say it with --context-at {i} '...'"
+            for i in unclear_starts(text, length, overlap)
+        ]
     if plan.saved is not None and any(plan.keep) and plan.saved.checkpoint != source:
         notes.append("the kept frames are of another model, and are encoded by this one")
     if plan.saved is not None and plan.repeated:

@@ -12,6 +12,7 @@ from pathlib import Path
 from contextualstory_jax.config.build import build
 from contextualstory_jax.config.model_config import CameraMotion, FrameInitConfig, SamplingConfig
 from contextualstory_jax.sampling.export_formats import FORMATS
+from contextualstory_jax.sampling.prompts import OVERLAP
 from contextualstory_jax.utils.cli import ArgumentParser
 from contextualstory_jax.utils.errors import require
 
@@ -54,7 +55,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         "with _ for all but letters, digits, '.', '_' and '-'",
     )
     stories.add_argument(
-        "--sentence", action="extend", nargs="+", metavar="S", help="one for each picture"
+        "--sentence", action="extend", nargs="+", metavar="S", help="one for each image, 1 to 100"
     )
     add(
         "--first-frame",
@@ -71,6 +72,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
         help="a story that was generated before, to make again or to change",
     )
     _add_changes(parser)
+    _add_windows(parser)
     add("--seed", type=int, metavar="N", help="with the id it decides a story's noise; default: 0")
     _add_sampling(parser)
     _add_frameinit(parser)
@@ -160,6 +162,28 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="N versions, with seeds from --seed on: OUT/candidates.png, OUT/candidate_0 and so on",
+    )
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "Stories of any length",
+        "More sentences than the model has frames are generated in windows that overlap.",
+    ).add_argument
+    add(
+        "--window-overlap",
+        type=int,
+        metavar="N",
+        help=f"frames that each window keeps of the one before; default: {OVERLAP}",
+    )
+    add(
+        "--context-at",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("I", "S"),
+        help="what the model reads for sentence I where a window begins with it, such as who she "
+        'is; in --stories, "context": {"I": "S"}',
     )
 
 

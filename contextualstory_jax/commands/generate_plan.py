@@ -39,6 +39,7 @@ class StoredSettings:
     width: int | None = None
     storyflow: tuple[float, ...] | None = None
     camera_motion: CameraMotion | None = None
+    window_overlap: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     path: str | None = None  # of the checkpoint
     weights: Literal["ema", "raw"] | None = None
@@ -97,6 +98,10 @@ def read_plan(arguments: argparse.Namespace, saved: SavedStory | None) -> Plan:
     for story in stories:
         check_story(story)
     count = len(stories[0].sentences)
+    require(
+        arguments.save_latents is None or all(len(s.sentences) == count for s in stories),
+        "--save-latents is for stories of one length; leave it out, each folder has its latents",
+    )
     own = {_frame("--frame-at", i, count): read_image(Path(path)) for i, path in arguments.frame_at}
     require(
         0 not in own or stories[0].first_frame is None,
@@ -107,7 +112,7 @@ def read_plan(arguments: argparse.Namespace, saved: SavedStory | None) -> Plan:
         and not any(
             value not in (None, [], False)
             for value in (arguments.keep, arguments.sentence_at, arguments.frame_at)
-            + (arguments.candidates, arguments.near)
+            + (arguments.context_at, arguments.candidates, arguments.near)
         )
         and arguments.seed is None
     )
@@ -147,8 +152,13 @@ def read_stories(arguments: argparse.Namespace, saved: SavedStory | None) -> lis
         for i, sentence in arguments.sentence_at:
             frame = _frame("--sentence-at", i, len(sentences))
             sentences[frame] = check_sentence(sentence, "--sentence-at")
-        return [saved.story._replace(sentences=tuple(sentences))]
+        story = saved.story._replace(sentences=tuple(sentences))
+        return [_with_context(story, arguments)]
     if arguments.stories:
+        require(
+            not arguments.context_at,
+            '--context-at goes with --story or --sentence; in --stories a line has "context"',
+        )
         require(
             arguments.first_frame is None,
             '--first-frame goes with --story or --sentence; in --stories a line has "first_frame"',
@@ -158,7 +168,15 @@ def read_stories(arguments: argparse.Namespace, saved: SavedStory | None) -> lis
         story = read_txt(arguments.story)
     else:
         story = Story(tuple(check_sentence(s, "--sentence") for s in arguments.sentence))
-    return [story._replace(first_frame=arguments.first_frame)]
+    return [_with_context(story._replace(first_frame=arguments.first_frame), arguments)]
+
+
+def _with_context(story: Story, arguments: argparse.Namespace) -> Story:
+    given = {
+        _frame("--context-at", i, len(story.sentences)): check_sentence(words, "--context-at")
+        for i, words in arguments.context_at
+    }
+    return story._replace(context={**story.context, **given})
 
 
 def with_settings(arguments: argparse.Namespace, saved: SavedStory) -> argparse.Namespace:

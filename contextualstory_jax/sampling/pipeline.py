@@ -46,7 +46,7 @@ from contextualstory_jax.sampling.arguments import (
 from contextualstory_jax.sampling.batch_inputs import batch_inputs, read_asked, with_kept_images
 from contextualstory_jax.sampling.callbacks import StepCallback, after_each_step
 from contextualstory_jax.sampling.pretrained import SHIPPED, find_checkpoint
-from contextualstory_jax.sampling.prompts import Kept, Story
+from contextualstory_jax.sampling.prompts import OVERLAP, Kept, Story
 from contextualstory_jax.sampling.regeneration import S, regenerate
 from contextualstory_jax.sampling.sample import (
     Generated,
@@ -57,7 +57,7 @@ from contextualstory_jax.sampling.sample import (
     generation_programs,
     shared_programs,
 )
-from contextualstory_jax.sampling.windows import BATCH_SIZE, OVERLAP, draw_any_length, latent_shape
+from contextualstory_jax.sampling.windows import BATCH_SIZE, draw_any_length, latent_shape
 from contextualstory_jax.utils.errors import require
 
 DTYPES = ("float32", "bfloat16")
@@ -245,6 +245,11 @@ class StoryPipeline:
         Raises:
             UserError: for input that does not fit the model, before anything is generated.
         """
+        counts = {len(story.sentences) for story in stories}
+        require(
+            len(counts) <= 1,
+            "stories of a call are of one length; generate others by another, or by draw_batches",
+        )
         batches = []
         for batch in self.draw_batches(stories, **options):
             batches.append(batch)

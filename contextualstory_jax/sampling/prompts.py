@@ -18,6 +18,7 @@ from contextualstory_jax.utils.files import read_json_lines, read_lines
 KEYS = {"id", "sentences", "first_frame", "context"}
 FORM = 'write {"id": "...", "sentences": ["...", ...]}, with "first_frame": "path" if need be'
 MOST_SENTENCES, MOST_CHARACTERS = 100, 1000  # of a story, of a sentence
+OVERLAP = 2  # frames that a window keeps of the one before (`windows.py`)
 
 
 class Story(NamedTuple):

@@ -34,7 +34,7 @@ from contextualstory_jax.config.model_config import FrameInitConfig, SamplingCon
 from contextualstory_jax.data.images import read_image
 from contextualstory_jax.sampling.export_formats import FORMATS, strip
 from contextualstory_jax.sampling.output import png_text, read_latents, save_frames
-from contextualstory_jax.sampling.prompts import Story, check_text, folder_name
+from contextualstory_jax.sampling.prompts import Story, check_text, folder_name, read_context
 from contextualstory_jax.utils.atomic import atomic_path, finish_replacing, write_json
 from contextualstory_jax.utils.errors import UserError, brief, require
 from contextualstory_jax.utils.files import check_file, has_file
@@ -99,6 +99,7 @@ class SavedStory:
             "format": FORMAT,
             "id": self.story.id,
             "sentences": list(sentences),
+            "context": {str(i): words for i, words in self.story.context.items()},
             "seeds": list(self.seeds),
             "checkpoint": dict(self.checkpoint),
             "settings": dict(self.settings),
@@ -113,7 +114,7 @@ class SavedStory:
         Raises:
             UserError: A setting is no such value.
         """
-        names = ("negative_prompt", "storyflow", "camera_motion")
+        names = ("negative_prompt", "storyflow", "camera_motion", "window_overlap")
         options = {name: self.settings[name] for name in names if name in self.settings}
         fields = [field.name for field in dataclasses.fields(SamplingConfig)]
         sampling = {name: self.settings[name] for name in fields if name in self.settings}
@@ -146,8 +147,8 @@ class SavedStory:
                 settings |= dataclasses.asdict(value)
             elif name == "frameinit":
                 settings[name] = value and dataclasses.asdict(value)
-            elif name in ("negative_prompt", "storyflow", "camera_motion"):
-                settings[name] = value if isinstance(value, str | None) else list(value)
+            elif name in ("negative_prompt", "storyflow", "camera_motion", "window_overlap"):
+                settings[name] = value if isinstance(value, str | int | None) else list(value)
         settings |= {
             "seed": seed,
             "kept": [i for i, kept in enumerate(keep) if kept],
@@ -200,6 +201,7 @@ class SavedStory:
                 tuple(sentences),
                 values["id"],
                 _read_frame(first, files) if first.name in files else None,
+                read_context(values.get("context", {}), len(sentences), str(folder / JSON)),
             ),
             np.stack(frames),
             _read_latents(folder / "latents.npy", files, len(frames)),

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from contextualstory_jax.sampling.pipeline import StoryPipeline
 
 BATCH_SIZE = 8  # stories at once, where nothing else is said
-OVERLAP = 2  # frames
 PRONOUNS = {"she", "he", "they", "it", "her", "his", "their", "its"}
 
 
