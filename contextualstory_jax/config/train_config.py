@@ -80,6 +80,7 @@ class TrainConfig:
     text_drop: float = 0.1
     first_frame_drop: float = 0.1
     snr_gamma: float | None = 5.0
+    kl_weight: float = 1e-6  # of the VAE's own training
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 2  # the newest
@@ -102,6 +103,7 @@ class TrainConfig:
         for pattern in self.trainable:
             check_pattern("trainable", pattern)
         check_range(self, "", ("text_drop", "first_frame_drop"), 0, 1)
+        check_range(self, "", ("kl_weight",), 0)
         require(
             self.max_minutes is None or self.max_minutes > 0,
             f"max_minutes must be positive; got {self.max_minutes}",
