@@ -116,44 +116,48 @@ def make_vae_step(setup: Setup, state: TrainState) -> jax.stages.Wrapped:
     return jitted_step(step, placement, state)
 
 
+def make_measurement(setup: Setup) -> jax.stages.Wrapped:
+    """The jitted means of loss, PSNR, latents and their squares over a batch's images."""
+    model, config, placement = setup.model, setup.config, setup.placement
+
+    @attention_on(placement.mesh, HEADS)
+    def measure(params: Parts, images: UInt8[Array, "b f h w 3"]) -> Mapping[str, Array]:
+        params, images = placement.gathered(params), placement.split(images)
+        keys = jax.random.split(jax.random.key(config.seed), len(images))
+        batch = Batch(images, ids=jnp.zeros((len(images), 1, 0), jnp.int32))
+        loss, _ = vae_loss(model, config.kl_weight, params, {"vae": {}}, batch, keys)
+        levels = pictures_to_float(images).reshape(-1, *images.shape[2:])
+        vae = model.vae.bind(params["vae"], model.dtype)
+        mean, logvar = encode(vae, levels)
+        decoded = vae.decode(mean).astype(jnp.float32)
+        error = jnp.mean((jnp.clip(decoded, -1, 1) - levels) ** 2, axis=(1, 2, 3))
+        return {
+            "loss": loss,
+            "psnr": jnp.mean(10 * jnp.log10(4 / jnp.maximum(error, 1e-10))),
+            "latent": jnp.mean(mean),
+            "square": jnp.mean(mean**2 + jnp.exp(logvar)),
+        }
+
+    return jax.jit(measure, out_shardings=NamedSharding(placement.mesh, PartitionSpec()))
+
+
 def validation(setup: Setup) -> Validation:
     """Loss, PSNR and scaling factor of the averaged weights, from held-out stories.
 
     PSNR is the mean of the frames', each decoded from the mean of its posterior. The scaling factor
     is stored in the workdir too.
     """
-    model, config = setup.model, setup.config
-    size = config.batch_size // config.accumulation_steps
+    size = setup.config.batch_size // setup.config.accumulation_steps
     count = max(VALIDATION_STORIES // size, 1) * size
     images = [story.images for story in validation_stories(setup.splits.held_out, count)]
     sharding = NamedSharding(setup.placement.mesh, BATCH)
-
-    @attention_on(setup.placement.mesh, HEADS)
-    def measure(params: Parts, images: UInt8[Array, "b f h w 3"]) -> Mapping[str, Array]:
-        gathered = setup.placement.gathered(params)
-        keys = jax.random.split(jax.random.key(config.seed), len(images))
-        batch = Batch(setup.placement.split(images), ids=jnp.zeros((0, 0, 0), jnp.int32))
-        loss, _ = vae_loss(model, config.kl_weight, gathered, {"vae": {}}, batch, keys)
-        levels = pictures_to_float(images).reshape(-1, *images.shape[2:])
-        vae = model.vae.bind(gathered["vae"], model.dtype)
-        moments = encode(vae, levels)
-        decoded = vae.decode(moments.mean).astype(jnp.float32)
-        error = jnp.mean((jnp.clip(decoded, -1, 1) - levels) ** 2, axis=(1, 2, 3))
-        return {
-            "loss": loss,
-            "psnr": jnp.mean(10 * jnp.log10(4 / jnp.maximum(error, 1e-10))),
-            "mean": jnp.mean(moments.mean),
-            "square": jnp.mean(moments.mean**2 + jnp.exp(moments.logvar)),
-        }
-
-    replicated = NamedSharding(setup.placement.mesh, PartitionSpec())
-    compiled = compiled_together(jax.jit(measure, out_shardings=replicated))
+    measure = compiled_together(make_measurement(setup))
 
     def validate(state: TrainState) -> dict[str, float]:
         batches = (np.stack(images[i : i + size]) for i in range(0, count, size))
-        of_batches = [compiled(state.ema_params, jax.device_put(b, sharding)) for b in batches]
-        means = {name: np.mean([float(m[name]) for m in of_batches]) for name in of_batches[0]}
-        scaling_factor = float((means["square"] - means["mean"] ** 2) ** -0.5)
+        measured = [measure(state.ema_params, jax.device_put(b, sharding)) for b in batches]
+        means = {name: np.mean([float(m[name]) for m in measured]) for name in measured[0]}
+        scaling_factor = float((means["square"] - means["latent"] ** 2) ** -0.5)
         write_scaling_factor(setup.workdir, scaling_factor)
         return {
             "validation_loss": float(means["loss"]),
