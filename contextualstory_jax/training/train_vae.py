@@ -27,8 +27,8 @@ from contextualstory_jax.models.flops import vae_step_flops
 from contextualstory_jax.models.fused_attention import attention_on
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.vae import (
-    AutoencoderKL,
     Moments,
+    PictureCodec,
     pictures_to_float,
     sample_latents,
 )
@@ -76,7 +76,7 @@ def train_vae(config: TrainConfig, workdir: Path) -> TrainState:
     return optimize(setup, objective)
 
 
-def encode(vae: AutoencoderKL, images: Float[Array, "n h w 3"]) -> Moments:
+def encode(vae: PictureCodec, images: Float[Array, "n h w 3"]) -> Moments:
     """The posterior over unscaled latents, float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), vae.encode(images))
 

@@ -98,6 +98,7 @@ class Setup:
 
     config: TrainConfig
     workdir: Path
+    mesh: Mesh
     placement: Placement
     model: StoryModel
     tokenizer: Tokenizer
@@ -174,7 +175,7 @@ def set_up(config: TrainConfig, workdir: Path, parts: Collection[str] = PARTS) -
     splits = open_splits(config.data, config.model.height)
     check(config, mesh, tokenizer, splits)
     say(placement.check(model.shapes))
-    return Setup(config, workdir, placement, model, tokenizer, splits)
+    return Setup(config, workdir, mesh, placement, model, tokenizer, splits)
 
 
 def optimize(setup: Setup, objective: Objective) -> TrainState:
@@ -203,7 +204,7 @@ def optimize(setup: Setup, objective: Objective) -> TrainState:
         by_first(lambda: describe(config, state, workdir))
         by_first(lambda: record_vocabulary(config, workdir, setup.splits))
         step = objective.make_step(state)
-        data = device_batches(config, setup.placement.mesh, objective.stories, int(state.step))
+        data = device_batches(config, setup.mesh, objective.stories, int(state.step))
         validate = objective.make_validation()
         with contextlib.closing(open_writer(config, workdir, int(state.step))) as writer:
             run = Run(config, workdir, checkpoints, writer, stop, objective, validate)
