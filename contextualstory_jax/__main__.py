@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("generate", "generate the images of a story"),
     "train": ("train", "train a model"),
     "evaluate": ("evaluate", "generate the test stories of a dataset and measure them"),
+    "train-vae": ("commands.train_vae", "train a VAE by itself, for the model to start from"),
     "convert": ("commands.convert", "convert a released model to a checkpoint folder"),
     "export": ("commands.export", "write a checkpoint in the layout of the released models"),
     "prepare": ("commands.prepare", "check a dataset and write it in shards"),

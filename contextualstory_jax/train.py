@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,15 +39,17 @@ def train_and_evaluate(
     return trainer.train_and_evaluate(config, Path(workdir))
 
 
+DESCRIPTION = "Train a config. Starting again in the same workdir resumes from its last checkpoint."
+
+
 def parse(
-    argv: Sequence[str] | None = None, prog: str | None = None
+    argv: Sequence[str] | None = None, prog: str | None = None, description: str = DESCRIPTION
 ) -> tuple[argparse.Namespace, list[str]]:
     """The command's arguments, and its overrides `key=value`."""
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s --config CONFIG --workdir DIR [--config.key=value ...]",
-        description="Train a config. Starting again in the same workdir resumes from its last "
-        "checkpoint.",
+        description=description,
         epilog="--config.key=value overrides a value of the config, for example "
         "--config.optimizer.learning_rate=1e-4",
         allow_abbrev=False,
@@ -78,12 +80,22 @@ def main(
     connect(arguments)
     from contextualstory_jax.training import trainer
 
+    if step := finish(trainer.train_and_evaluate, config, arguments.workdir):
+        say(results(arguments.workdir, step, arguments.config, overrides))
+
+
+def finish(
+    train: Callable[[TrainConfig, Path], TrainState], config: TrainConfig, workdir: Path
+) -> int | None:
+    """Train; the last step where the run came to its end. Exits with status 1 where it diverges."""
+    from contextualstory_jax.training import trainer
+
     try:
-        state = trainer.train_and_evaluate(config, arguments.workdir)
+        state = train(config, workdir)
     except trainer.NonFiniteLoss as error:
         sys.exit(f"error: {error}")
-    if int(state.step) >= config.steps and not interruption.requested():
-        say(results(arguments.workdir, int(state.step), arguments.config, overrides))
+    finished = int(state.step) >= config.steps and not interruption.requested()
+    return int(state.step) if finished else None
 
 
 def results(workdir: Path, step: int, config: str, overrides: Sequence[str]) -> str:

@@ -41,7 +41,10 @@ def test_help_of_each_command_comes_without_importing_jax():
         (["trian", "--config", "shapes"], "no command 'trian'; closest: train; "),
         (["cache_latents"], "no command 'cache_latents'; closest: cache-latents; "),
         (["--steps"], "unrecognized arguments: --steps; see --help"),
-        (["train", "--config", "shapez", "--workdir", "run"], "no config shapez; .*, shapes$"),
+        (
+            ["train", "--config", "shapez", "--workdir", "run"],
+            "no config shapez; .*, shapes, shapes_vae$",
+        ),
         (["cache-latents", "--config", "shapes"], "arguments are required: --checkpoint, --out"),
         (["storyflow-mean", "--config", "shapes"], "arguments are required: --checkpoint"),
         (["convert", "source", "out", "--weights", "raw"], "unrecognized arguments: --weights"),

@@ -189,14 +189,7 @@ def choose_weights(
     """
     folder = checkpoints.folder
     require(weights in ("ema", "raw", None), f"weights must be ema or raw; got {weights!r}")
-    require(
-        (folder / "checkpoints").is_dir(),
-        f"{folder} has no checkpoints yet; train it, or name another",
-    )
-    step = checkpoints.latest
-    if step is None:
-        raise UserError(f"{folder} has no complete checkpoint yet; train it, or name another")
-    meta = checkpoints.meta(step)
+    step, meta = newest(checkpoints)
     weights = weights or ("ema" if "ema_params" in meta["items"] else "raw")
     item = "ema_params" if weights == "ema" else "params"
     require(
@@ -215,10 +208,11 @@ def choose_weights(
         for leaf in shapes[part]
         if leaf not in held[part] and not re.fullmatch(may_lack, leaf)
     ]
+    vae_alone = {part for part, leaves in held.items() if leaves} == {"vae"}
     require(
-        not lacking or not meta.get("absent"),
-        f"{folder} holds Stable Diffusion, which generates no stories: train from it, with "
-        f"train --config.init_from={folder}",
+        not lacking or not (meta.get("absent") or vae_alone),
+        f"{folder} holds {'a VAE alone' if vae_alone else 'Stable Diffusion'}, which generates no "
+        f"stories: train from it, with train --config.init_from={folder}",
     )
     require(
         not lacking,
@@ -226,6 +220,30 @@ def choose_weights(
         + ", ".join(lacking[:3]),
     )
     return step, {**meta, "weights": weights}, names
+
+
+def newest(checkpoints: Checkpoints) -> tuple[int, dict]:
+    """The newest checkpoint's step and meta. Raises `UserError` where there is none."""
+    folder = checkpoints.folder
+    require(
+        (folder / "checkpoints").is_dir(),
+        f"{folder} has no checkpoints yet; train it, or name another",
+    )
+    step = checkpoints.latest
+    if step is None:
+        raise UserError(f"{folder} has no complete checkpoint yet; train it, or name another")
+    return step, checkpoints.meta(step)
+
+
+def held_parts(folder: Path) -> list[str]:
+    """The parts of the model that a folder has parameters of: of a VAE's workdir the VAE alone.
+
+    Raises `UserError` where it has no checkpoint.
+    """
+    with Checkpoints(folder) as checkpoints:
+        _, meta = newest(checkpoints)
+    items = (meta["items"].get(name, {}) for name in ("params", "ema_params", "frozen"))
+    return list(dict.fromkeys(part for item in items for part in item))
 
 
 def write_storyflow(folder: Path, storyflow: Sequence[float]) -> int:
@@ -249,6 +267,24 @@ def write_storyflow(folder: Path, storyflow: Sequence[float]) -> int:
 
     by_first(write)
     return step
+
+
+def write_scaling_factor(folder: Path, scaling_factor: float) -> None:
+    """Give a folder's VAE another scaling factor, atomically; all processes call it.
+
+    Raises `UserError` in all of them where it cannot be written.
+    """
+
+    def write() -> None:
+        path = folder / "model.json"
+        description = json.loads(path.read_text())
+        description["model"]["vae"]["scaling_factor"] = scaling_factor
+        try:
+            write_text(path, json.dumps(description, indent=2))
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+    by_first(write)
 
 
 def contents(items: Mapping[str, Any]) -> dict[str, dict]:

@@ -81,6 +81,7 @@ class TrainConfig:
     first_frame_drop: float = 0.1
     keep_frames_probability: float = 0.0  # of a story having some of its frames given clean
     snr_gamma: float | None = 5.0
+    kl_weight: float = 1e-6  # of the VAE's own training
     log_every: int = 10  # steps
     checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 2  # the newest
@@ -108,6 +109,7 @@ class TrainConfig:
             f"keep_frames_probability = {self.keep_frames_probability} trains a model that sees "
             "kept frames clean; set model.kept_frames = 'clean' too",
         )
+        check_range(self, "", ("kl_weight",), 0)
         require(
             self.max_minutes is None or self.max_minutes > 0,
             f"max_minutes must be positive; got {self.max_minutes}",

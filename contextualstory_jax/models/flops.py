@@ -278,6 +278,12 @@ def training_step_flops(config: TrainConfig) -> Counter[str]:
     return Counter({part: passes(part) * flops for part, flops in forward.items()})
 
 
+def vae_step_flops(config: TrainConfig) -> int:
+    """One optimizer step of the VAE alone, on all devices together."""
+    frames = config.batch_size * config.model.unet.n_frames
+    return 3 * frames * (encoder_flops(config.model) + decoder_flops(config.model))
+
+
 def generation_flops(config: ModelConfig, steps: int, branches: int) -> Counter[str]:
     """One story from its sentences to its images.
 

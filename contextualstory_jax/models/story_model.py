@@ -7,6 +7,7 @@ between them are float32.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -29,25 +30,33 @@ from contextualstory_jax.models.vae import (
 )
 
 Parts = dict[str, Params]
+PARTS = ("unet", "vae", "text_encoder")
 
 
 class StoryModel:
     """Pure functions of parameters; one instance serves any number of weights and devices."""
 
-    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, remat: Remat = "none"):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+        parts: Collection[str] = PARTS,
+    ):
         """Declare the networks.
 
         Args:
             config: The model.
             dtype: To compute in.
             remat: Rematerialisation in the backward pass.
+            parts: Those with parameters here; functions of others cannot be called.
         """
         self.config = config
         self.dtype = dtype
         self.unet = Network(lambda: UNet(config.unet, remat))
         self.vae = Network(lambda: picture_codec(config.vae))
         self.text_encoder = Network(lambda: CLIPTextModel(config.text_encoder))
-        self.networks = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        self.networks: dict[str, Network] = {part: getattr(self, part) for part in parts}
 
     @property
     def shapes(self) -> dict[str, dict]:

@@ -11,7 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from contextualstory_jax.checkpoints.layout import load_weights, read_model, refuse_another
+from contextualstory_jax.checkpoints.layout import (
+    held_parts,
+    load_weights,
+    read_model,
+    refuse_another,
+)
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.conversion.diffusers_format import SD_UNET
@@ -48,30 +53,46 @@ def tokenizer_folder(config: TrainConfig, workdir: Path) -> Path:
     return Path(config.init_from) / "tokenizer"
 
 
+def with_scaling_factor(config: TrainConfig, workdir: Path) -> TrainConfig:
+    """The config with the scaling factor measured for the VAE that the run continues with.
+
+    That is the workdir's own or that of `config.init_from`.
+    """
+    own = (workdir / "model.json").is_file()
+    if not own and config.init_from is None:
+        return config
+    theirs = read_model(workdir if own else Path(config.init_from or "")).vae
+    vae = dataclasses.replace(config.model.vae, scaling_factor=theirs.scaling_factor)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vae=vae))
+
+
 def initial_params(model: StoryModel, config: TrainConfig, placement: Placement) -> Parts:
     """Float32 parameters before the first step, each where it is kept; says where they are from.
 
     Those of `config.init_from` are its averaged ones where it has such. Only what Stable Diffusion
-    does not have may be fresh. At most one fresh one is unsharded in memory at any time.
+    does not have may be fresh, and a part that the folder does not hold, as a VAE's the others. At
+    most one fresh one is unsharded in memory at any time.
 
     Raises `UserError` where `config.init_from` is another model.
     """
     placed = placement.shardings(model.shapes)
-    given: Parts = {part: {} for part in model.shapes}
+    given: Parts = {}
     if config.init_from is not None:
-        given, source = stored_params(model, Path(config.init_from), placed)
+        given, source = stored_params(model, Path(config.init_from), placement)
     params: Parts = {part: {} for part in model.shapes}
     fresh = Counter[str]()
     for part, network in model.networks.items():
         for name in network.shapes:
-            if name in given[part]:
+            if name in given.get(part, {}):
                 params[part][name] = given[part].pop(name)
                 continue
             drawn = network.draw(config.seed, name)
             params[part][name] = jax.make_array_from_callback(
                 drawn.shape, placed[part][name], drawn.__getitem__
             )
-            if layer := re.fullmatch(ADDED, name):
+            if part not in given:
+                fresh[part] += 1
+            elif layer := re.fullmatch(ADDED, name):
                 fresh[layer[2]] += 1
     if config.init_from is not None:
         listed = ", ".join(f"{count} of {layer}" for layer, count in fresh.items())
@@ -79,21 +100,30 @@ def initial_params(model: StoryModel, config: TrainConfig, placement: Placement)
     return params
 
 
-def stored_params(model: StoryModel, folder: Path, placed: Any) -> tuple[Parts, str]:
-    """A checkpoint folder's parameters, float32, where `placed` says, and what they are.
+def stored_params(model: StoryModel, folder: Path, placement: Placement) -> tuple[Parts, str]:
+    """The parameters of a checkpoint folder's parts, float32, placed, and what they are.
 
     Raises `UserError` where they are another model's.
     """
-    theirs = read_model(folder)
-    refuse_another(folder, spatial(theirs), spatial(model.config), "init_from")
+    theirs, held = read_model(folder), held_parts(folder)
+    compared = [part for part in model.shapes if part in held]
+    ours, stored = (
+        {part: values for part, values in spatial(config).items() if part in compared}
+        for config in (model.config, theirs)
+    )
+    refuse_another(folder, stored, ours, "init_from")
+    # A checkpoint's item is read as it is, so that all of its parts are.
+    shapes = {**StoryModel(theirs).shapes, **model.shapes}
+    shapes = {part: shapes[part] for part in held}
     shapes = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        model.shapes,
-        placed,
+        shapes,
+        placement.shardings(shapes),
     )
     params, meta = load_weights(folder, None, shapes, may_lack=ADDED)
-    if not meta.get("absent"):  # Stable Diffusion leaves the rest to the config
+    if "unet" in compared and not meta.get("absent"):  # which Stable Diffusion leaves to the config
         refuse_another(folder, temporal(theirs), temporal(model.config), "init_from")
+    params = {part: params[part] for part in compared}
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     return params, f"{meta['weights']} parameters of {folder}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.distributed.multihost import is_first
-from contextualstory_jax.models.flops import peak_flops, training_step_flops
+from contextualstory_jax.models.flops import peak_flops
 from contextualstory_jax.training.metric_writers import NoWriter, ScalarWriter
 
 # Of each step; what is logged are the means of all steps since the last log.
@@ -42,7 +42,14 @@ def starting(config: TrainConfig, workdir: Path, first_step: int) -> str:
 class Progress:
     """Progress bar of a run, and the means of its metrics over all steps since the last log."""
 
-    def __init__(self, config: TrainConfig, writer: ScalarWriter | NoWriter, first_step: int):
+    def __init__(
+        self, config: TrainConfig, writer: ScalarWriter | NoWriter, first_step: int, flops: int
+    ):
+        """Open the bar.
+
+        Args:
+            flops: Of a step, on all devices together.
+        """
         self._config, self._writer = config, writer
         self._bar = tqdm(
             total=config.steps,
@@ -53,7 +60,7 @@ class Progress:
         )
         self._began: float | None = None  # when the first step, which compiles, was done
         self._logged = (0.0, first_step)  # the time and the step of the last log
-        self._flops = training_step_flops(config).total()
+        self._flops = flops
         device = jax.local_devices()[0]
         peak = peak_flops(device.device_kind, config.compute_dtype)
         self._peak = peak and peak * jax.device_count()
@@ -77,13 +84,14 @@ class Progress:
         self,
         steps: Sequence[tuple[int, dict[str, jax.Array]]],
         waited: float,
-        validation_loss: float | None,
+        measured: Mapping[str, float],
         aloud: bool,
     ) -> None:
         """Write the means of some steps, and print them if `aloud`.
 
         Args:
             waited: seconds that steps waited for their stories since the last log.
+            measured: of the state after the last of them.
         """
         means = StepMetrics.empty()
         for _, values in jax.device_get(list(steps)):
@@ -97,8 +105,7 @@ class Progress:
         values["stories_per_second"] = rate * self._config.batch_size
         values["step_time"] = seconds if rate else 0.0
         values["data_wait"] = waited / max(number - logged_number, 1)  # seconds a step
-        if validation_loss is not None:
-            values["validation_loss"] = validation_loss
+        values |= measured
         if self._peak:
             values["flop_utilization"] = self._flops * rate / self._peak
         values |= device_memory()

@@ -61,6 +61,13 @@ class Encoded(NamedTuple):
     text: Float[Array, "b f l d"]
 
 
+# The loss of trained and frozen parameters on a micro-batch with one key a story, and the sum of
+# the stories' StoryFlow values.
+MicroLoss = Callable[
+    [Parts, Parts, Any, Key[Array, " b"]], tuple[Float[Array, ""], Float[Array, " m"]]
+]
+
+
 class RandomInputs(NamedTuple):
     """The random part of a step's loss."""
 
@@ -246,8 +253,20 @@ def train_step(
     batch: Batch | Encoded,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after a batch of `config.batch_size` stories, and the step's metrics."""
+    of_micro_batch = functools.partial(micro_loss, model, config, null_ids, null_text)
+    return optimizer_step(of_micro_batch, model.dtype, config, placement, state, batch)
+
+
+def optimizer_step(
+    of_micro_batch: MicroLoss,
+    dtype: Any,
+    config: TrainConfig,
+    placement: Placement,
+    state: TrainState,
+    batch: Any,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after an update by a loss that is computed in `dtype`, and the step's metrics."""
     tx = optimizer(config.optimizer, config.steps)
-    batch_loss = functools.partial(micro_loss, model, config, null_ids, null_text)
     # Parity: the original clamps alpha in forward, outside the graph: the gradient is not cut.
     state = dataclasses.replace(state, params=clamp(state.params))
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -259,10 +278,10 @@ def train_step(
         (batch, keys),
     )
     # Cast and gathered once, for all micro-batches, forward and backward.
-    trained, frozen = placement.gathered(_cast((state.params, state.frozen), model.dtype))
+    trained, frozen = placement.gathered(_cast((state.params, state.frozen), dtype))
 
-    def gradient_of(micro: tuple[Batch | Encoded, Array]):
-        (value, motion), gradient = jax.value_and_grad(batch_loss, has_aux=True)(
+    def gradient_of(micro: tuple[Any, Array]):
+        (value, motion), gradient = jax.value_and_grad(of_micro_batch, has_aux=True)(
             trained, frozen, *placement.split(micro)
         )
         return value, motion, _cast(placement.sharded(placement.gathered(gradient)), jnp.float32)
@@ -301,10 +320,15 @@ def make_train_step(
         null_ids: token ids of the empty sentence.
         null_text: its features, where batches are `Encoded`.
     """
+    step = functools.partial(train_step, model, config, placement, null_ids, null_text)
+    return jitted_step(step, placement, state)
+
+
+def jitted_step(step: Callable, placement: Placement, state: TrainState) -> jax.stages.Wrapped:
+    """A function of state and batch, jitted as `make_train_step` says."""
     placed = jax.tree.map(lambda x: x.sharding, state)
-    step = attention_on(placement.mesh, HEADS)(train_step)
     return jax.jit(
-        functools.partial(step, model, config, placement, null_ids, null_text),
+        attention_on(placement.mesh, HEADS)(step),
         donate_argnums=0,
         in_shardings=(placed, NamedSharding(placement.mesh, BATCH)),
         out_shardings=(placed, NamedSharding(placement.mesh, PartitionSpec())),

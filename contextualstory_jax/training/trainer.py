@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import clu.parameter_overview
@@ -20,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import UInt8
 from PIL import Image
 
 from contextualstory_jax.checkpoints.layout import contents, write_model, write_text
 from contextualstory_jax.checkpoints.manager import Checkpoints, latest_step
 from contextualstory_jax.config.build import dotted
 from contextualstory_jax.config.train_config import TrainConfig
+from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.latent_cache import EncodedStories
 from contextualstory_jax.data.loader import (
     Splits,
@@ -55,13 +56,18 @@ from contextualstory_jax.distributed.multihost import (
     say,
 )
 from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
-from contextualstory_jax.models.story_model import StoryModel
+from contextualstory_jax.models.flops import training_step_flops
+from contextualstory_jax.models.story_model import PARTS, Parts, StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.sampling.arguments import stories_of
 from contextualstory_jax.sampling.pipeline import StoryPipeline
 from contextualstory_jax.training.cache_latents import open_latents, require_same_weights
-from contextualstory_jax.training.init_params import initial_params, tokenizer_folder
+from contextualstory_jax.training.init_params import (
+    initial_params,
+    tokenizer_folder,
+    with_scaling_factor,
+)
 from contextualstory_jax.training.metric_writers import NoWriter, ScalarWriter
 from contextualstory_jax.training.progress import Profile, Progress, starting
 from contextualstory_jax.training.start_state import abstract_state, start_state, to_items
@@ -79,10 +85,37 @@ from contextualstory_jax.utils.errors import UserError, require
 
 Step = Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, jax.Array]]]
 Flow = Callable[[TrainState], list[float]]  # the mean scene changes that sampling uses
+Validation = Callable[[TrainState], dict[str, float]]  # `validation_loss` among them
 
 
 class NonFiniteLoss(ArithmeticError):
     """Training diverged; the message names the step and the last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run has before it has parameters."""
+
+    config: TrainConfig
+    workdir: Path
+    mesh: Mesh
+    placement: Placement
+    model: StoryModel
+    tokenizer: Tokenizer
+    splits: Splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run optimizes, and how its states are measured and shown."""
+
+    stories: TokenizedStories | EncodedStories
+    flops: int  # of a step
+    make_step: Callable[[TrainState], jax.stages.Wrapped]
+    make_validation: Callable[[], Validation | None]
+    generate_samples: Callable[[ScalarWriter | NoWriter, TrainState], None]
+    flow: Flow
+    check_weights: Callable[[Parts], None] = lambda _: None  # may refuse those to start from
 
 
 def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
@@ -91,57 +124,91 @@ def train_and_evaluate(config: TrainConfig, workdir: Path) -> TrainState:
     In several processes all call it. Raises `UserError` for what the user can fix and
     `NonFiniteLoss` where training diverges.
     """
+    setup = set_up(config, workdir)
+    config, model, tokenizer = setup.config, setup.model, setup.tokenizer
+    train, held_out = setup.splits
+    latents = open_latents(config, tokenizer, train) if config.data.latents else None
+    null_ids = tokenizer([""])[0]
+    null_text = None if latents is None else latents.cache.null_text
+    flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
+    shared = model, config, setup.placement, tokenizer, held_out
+
+    def make_validation() -> Validation | None:
+        if not config.keep_best:
+            return None
+        validate = validation(*shared)
+        return lambda state: {"validation_loss": validate(state)}
+
+    def check_weights(params: Parts) -> None:
+        if latents is not None:
+            require_same_weights(latents.cache, params)
+
+    objective = Objective(
+        stories=TokenizedStories(train, tokenizer) if latents is None else latents,
+        flops=training_step_flops(config).total(),
+        make_step=lambda state: make_train_step(
+            model, config, setup.placement, state, null_ids, null_text
+        ),
+        make_validation=make_validation,
+        generate_samples=lambda writer, state: generate_samples(
+            *shared, workdir, writer, flow, state
+        ),
+        flow=flow,
+        check_weights=check_weights,
+    )
+    return optimize(setup, objective)
+
+
+def set_up(config: TrainConfig, workdir: Path, parts: Collection[str] = PARTS) -> Setup:
+    """The model's `parts`, the data and the devices of a run, checked; nothing is written.
+
+    Raises `UserError` where they do not fit.
+    """
     use_compilation_cache()
     require_agreement({"workdir": str(workdir), **dotted(dataclasses.asdict(config))})
+    config = with_scaling_factor(config, workdir)
     mesh = make_mesh(config.mesh)
     placement = Placement(mesh, config.mesh.rules)
-    model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat)
+    model = StoryModel(config.model, jnp.dtype(config.compute_dtype), config.remat, parts)
     files = tokenizer_folder(config, workdir)
     tokenizer = Tokenizer(files, config.model.text_encoder.max_position_embeddings)
     splits = open_splits(config.data, config.model.height)
     check(config, mesh, tokenizer, splits)
     say(placement.check(model.shapes))
-    latents = open_latents(config, tokenizer, splits.train) if config.data.latents else None
-    abstract = abstract_state(model, config, placement)
+    return Setup(config, workdir, mesh, placement, model, tokenizer, splits)
+
+
+def optimize(setup: Setup, objective: Objective) -> TrainState:
+    """Run an objective from the workdir's last checkpoint, if any, and return the last state.
+
+    Raises as `train_and_evaluate` does.
+    """
+    config, workdir, model = setup.config, setup.workdir, setup.model
+    abstract = abstract_state(model, config, setup.placement)
     # Before anything is written, because it may refuse.
-    params = initial_params(model, config, placement) if latest_step(workdir) is None else None
-    if latents is not None and params is not None:
-        require_same_weights(latents.cache, params)
-    by_first(lambda: write_model(workdir, config.model, files))
+    fresh = latest_step(workdir) is None
+    params = initial_params(model, config, setup.placement) if fresh else None
+    if params is not None:
+        objective.check_weights(params)
+    by_first(lambda: write_model(workdir, config.model, setup.tokenizer.folder))
     kept = config.keep_checkpoints, config.keep_every, config.keep_best
     with Checkpoints(workdir, *kept) as checkpoints, StopRequest() as stop:
         state = start_state(abstract, params, config, checkpoints)
-        if latents is not None and params is None:
-            require_same_weights(latents.cache, state.frozen)
+        if params is None:
+            objective.check_weights(state.frozen)
         del params
         if int(state.step) >= config.steps:
             say(f"already finished at step {int(state.step)}; raise --config.steps to train longer")
             return state
         say(starting(config, workdir, int(state.step)))
         by_first(lambda: describe(config, state, workdir))
-        by_first(lambda: record_vocabulary(config, workdir, splits))
-        null_ids = tokenizer([""])[0]
-        null_text = None if latents is None else latents.cache.null_text
-        step = make_train_step(model, config, placement, state, null_ids, null_text)
-        stories = TokenizedStories(splits.train, tokenizer) if latents is None else latents
-        data = device_batches(config, mesh, stories, int(state.step))
-        flow = storyflow_mean if latents is None else lambda _: latents.cache.storyflow
-        shared = model, config, placement, tokenizer, splits.held_out
-        validate = validation(*shared) if config.keep_best else None
+        by_first(lambda: record_vocabulary(config, workdir, setup.splits))
+        step = objective.make_step(state)
+        data = device_batches(config, setup.mesh, objective.stories, int(state.step))
+        validate = objective.make_validation()
         with contextlib.closing(open_writer(config, workdir, int(state.step))) as writer:
-            run = Run(
-                config=config,
-                workdir=workdir,
-                checkpoints=checkpoints,
-                writer=writer,
-                stop=stop,
-                flow=flow,
-                validate=validate,
-                generate_samples=functools.partial(
-                    generate_samples, *shared, workdir, writer, flow
-                ),
-            )
-            say(compiling("training step", len(model.shapes["unet"]), TRAINING_SECONDS))
+            run = Run(config, workdir, checkpoints, writer, stop, objective, validate)
+            say(compiling("training step", max(map(len, model.shapes.values())), TRAINING_SECONDS))
             return loop(state, compiled_together(step), data, run)
 
 
@@ -205,9 +272,7 @@ def validation(
 ) -> Callable[[TrainState], float]:
     """The averaged weights' loss on held-out stories, always with the same noise and timesteps."""
     size = config.batch_size // config.accumulation_steps
-    stories = first_stories(held_out, size)
-    # Round and round, not the last repeated: a mean over them is of all alike.
-    chosen = [stories[i % len(stories)] for i in range(size)]
+    chosen = validation_stories(held_out, size)
     sharding = NamedSharding(placement.mesh, BATCH)
     batch = Batch(
         images=jax.device_put(np.stack([story.images for story in chosen]), sharding),
@@ -216,6 +281,13 @@ def validation(
     null_ids = tokenizer([""])[0]
     compute = compiled_together(make_validation(model, config, null_ids, placement))
     return lambda state: float(compute(state.ema_params, state.frozen, batch))
+
+
+def validation_stories(held_out: StorySource | ShapesSource, count: int) -> list[Example]:
+    """The first held-out stories, repeated in order where there are fewer than `count`."""
+    stories = first_stories(held_out, count)
+    # Round and round, not the last repeated: a mean over them is of all alike.
+    return [stories[i % len(stories)] for i in range(count)]
 
 
 def open_writer(config: TrainConfig, workdir: Path, first_step: int) -> ScalarWriter | NoWriter:
@@ -262,10 +334,20 @@ def generate_samples(
     All devices generate; the first process writes.
     """
     stories = first_stories(held_out, config.sample_stories)
-    step = int(state.step)
     params = merge_parts(state.ema_params, state.frozen)
     pipeline = StoryPipeline(model, params, tokenizer, flow(state), placement=placement)
     images = pipeline.draw(stories_of(stories, model.config.unet)).images
+    show_samples(workdir, writer, int(state.step), stories, images)
+
+
+def show_samples(
+    workdir: Path,
+    writer: ScalarWriter | NoWriter,
+    step: int,
+    stories: Sequence[Example],
+    images: Iterable[UInt8[np.ndarray, "f h w 3"]],
+) -> None:
+    """Write one row a story, its own images above those given; in the first process."""
     if not is_first():
         return
     rows = [
@@ -286,22 +368,21 @@ def storyflow_mean(state: TrainState) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's outputs, and the functions it calls on the way."""
+    """A run's objective and outputs."""
 
     config: TrainConfig
     workdir: Path
     checkpoints: Checkpoints
     writer: ScalarWriter | NoWriter
     stop: StopRequest
-    flow: Flow
-    validate: Callable[[TrainState], float] | None
-    generate_samples: Callable[[TrainState], None]
+    objective: Objective
+    validate: Validation | None
 
     def save(self, state: TrainState, loss: float | None) -> None:
         """Write a checkpoint in the background; `loss` says how good it is."""
         step, items = int(state.step), to_items(state)
         named = {name: items[name] for name in ("params", "ema_params", "frozen")}
-        meta = {"step": step, "storyflow": self.flow(state), "items": contents(named)}
+        meta = {"step": step, "storyflow": self.objective.flow(state), "items": contents(named)}
         self.checkpoints.save(step, items, meta, loss)
 
 
@@ -313,7 +394,7 @@ def loop(
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
     data = WaitMeter(data)
     with (
-        contextlib.closing(Progress(config, run.writer, first)) as progress,
+        contextlib.closing(Progress(config, run.writer, first, run.objective.flops)) as progress,
         contextlib.closing(Profile(config, run.workdir)) as profile,
     ):
         for number in range(first + 1, config.steps + 1):
@@ -329,17 +410,17 @@ def loop(
             if saves or number % config.log_every == 0:
                 require_finite(unchecked, run.checkpoints.latest)
                 with progress.paused():
-                    loss = run.validate(state) if saves and run.validate else None
-                progress.log(unchecked, data.take(), loss, aloud=saves)
+                    measured = run.validate(state) if saves and run.validate else {}
+                progress.log(unchecked, data.take(), measured, aloud=saves)
                 unchecked.clear()
                 if saves:
                     with progress.paused():
-                        run.save(state, loss)
+                        run.save(state, measured.get("validation_loss"))
             if stopped:  # perhaps the machine is about to go: nothing that is not needed
                 break
             if last or number % config.sample_every == 0:
                 with progress.paused():
-                    run.generate_samples(state)
+                    run.objective.generate_samples(run.writer, state)
             if last:
                 break
     if stopped or int(state.step) < config.steps:

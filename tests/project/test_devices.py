@@ -46,7 +46,7 @@ def test_utilisation_is_of_devices_whose_peak_is_known(monkeypatch, kind, peak):
     monkeypatch.setattr(jax, "local_devices", lambda: [device(kind)])
     monkeypatch.setattr(jax, "device_count", lambda: 8)
 
-    progress = Progress(load_config(RECIPE, ["compute_dtype=bfloat16"]), NoWriter(), 0)
+    progress = Progress(load_config(RECIPE, ["compute_dtype=bfloat16"]), NoWriter(), 0, flops=1)
 
     assert progress._peak == (peak and 8 * peak)
 

@@ -12,9 +12,8 @@ from contextualstory_jax.diffusion.noise import story_key, story_noise
 from contextualstory_jax.sampling.windows import Window, unclear_starts, windows
 from scripts.benchmarks.generation import CompilationCount
 
-SENTENCES = tuple(
-    f"A cat has {word} hats." for word in "no one two three four five six ten".split()
-)
+NUMBERS = "no one two three four five six ten".split()
+SENTENCES = tuple(f"A cat has {number} hats." for number in NUMBERS)
 STORY = Story(SENTENCES, "a")
 
 
