@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Bool, Float32, Int, UInt8
 
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.diffusion.noise import story_noise
 from contextualstory_jax.distributed.sharding import batch_ways
+from contextualstory_jax.models.story_model import StoryModel
 from contextualstory_jax.sampling.arguments import (
     check_integer,
     check_shared_noise,
@@ -38,11 +40,23 @@ from contextualstory_jax.sampling.prompts import MOST_SENTENCES, Kept, Story
 from contextualstory_jax.sampling.sample import Generated, bucket
 from contextualstory_jax.utils.errors import require
 
-if TYPE_CHECKING:
-    from contextualstory_jax.sampling.pipeline import StoryPipeline
-
 BATCH_SIZE = 8  # stories at once, where nothing else is said
 PRONOUNS = {"she", "he", "they", "it", "her", "his", "their", "its"}
+
+
+@runtime_checkable
+class WindowPipeline(Protocol):
+    """The part of a `StoryPipeline` that generates one window of a batch."""
+
+    model: StoryModel
+    mesh: Mesh | AbstractMesh
+    interrupt: bool
+
+    def draw_window(
+        self, stories: Sequence[Story], *, kept: Sequence[Kept | None], **options: Any
+    ) -> Generated:
+        """Generate stories of as many sentences as the model has frames."""
+        ...
 
 
 class Window(NamedTuple):
@@ -79,7 +93,7 @@ def unclear_starts(story: Story, length: int, overlap: int) -> list[int]:
 
 
 def draw_any_length(
-    pipeline: StoryPipeline, stories: Sequence[Story], overlap: Any, options: dict[str, Any]
+    pipeline: WindowPipeline, stories: Sequence[Story], overlap: Any, options: dict[str, Any]
 ) -> Iterator[Generated]:
     """Generate stories in batches; see `StoryPipeline.draw_batches`."""
     config, count = pipeline.model.config, len(stories)
@@ -132,7 +146,7 @@ def _batches(stories: Sequence[Story], size: int) -> Iterator[slice]:
 
 
 def _draw_batch(
-    pipeline: StoryPipeline, stories: Sequence[Story], overlap: int, options: dict[str, Any]
+    pipeline: WindowPipeline, stories: Sequence[Story], overlap: int, options: dict[str, Any]
 ) -> Generated | None:
     """Generate stories of one length; None where a callback ended it before the last window."""
     config = pipeline.model.config
