@@ -122,7 +122,7 @@ def test_a_continuations_windows_begin_from_a_frame_before(continuation):
 
     images = continuation.draw([STORY._replace(first_frame=first)], seed=1).images[0]
 
-    np.testing.assert_array_equal(images[0], first)
+    assert np.max(np.abs(images[0].astype(int) - first)) <= 1  # the VAE's
     assert images.shape == (8, 16, 16, 3)
 
 
