@@ -75,6 +75,7 @@ def test_stories_json_says_how_they_were_drawn(drawn, tiny_checkpoint):
             "storyflow": [5.0, 5.0, 5.0, 5.0],
             "frameinit": None,
             "camera_motion": None,
+            "window_overlap": 2,
             "weights": "ema",
             "dtype": "float32",
             "initial_latents": None,
@@ -84,6 +85,7 @@ def test_stories_json_says_how_they_were_drawn(drawn, tiny_checkpoint):
                 "id": "story",
                 "folder": "story",
                 "sentences": list(SENTENCES),
+                "context": {},
                 "first_frame": None,
             }
         ],

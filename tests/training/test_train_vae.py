@@ -110,6 +110,7 @@ def test_the_workdir_holds_the_vae_alone(trained, config):
     assert stored == metrics(workdir)[-1]["scaling_factor"] != config.model.vae.scaling_factor
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(trained, config, tmp_path, monkeypatch):
     device_batches = trainer.device_batches
 
