@@ -66,8 +66,8 @@ def mp4(images: UInt8[np.ndarray, "f h w 3"], captions: Sequence[str] | None) ->
     height, width = (side + side % 2 for side in views[0].shape[:2])  # H.264 takes even ones alone
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        # So that the same story is the same bytes: one thread, and not x264's macroblock tree, which
-        # reads beyond the frame.
+        # One thread and no macroblock tree, for which x264 reads beyond the frame: so that the same
+        # story is the same bytes.
         options = {"crf": "18", "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", VIDEO_RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
