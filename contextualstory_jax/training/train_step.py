@@ -320,15 +320,17 @@ def make_train_step(
         null_ids: token ids of the empty sentence.
         null_text: its features, where batches are `Encoded`.
     """
-    step = functools.partial(train_step, model, config, placement, null_ids, null_text)
-    return jitted_step(step, placement, state)
+    given = model, config, placement, null_ids, null_text
+    return jitted_step(train_step, given, placement, state)
 
 
-def jitted_step(step: Callable, placement: Placement, state: TrainState) -> jax.stages.Wrapped:
-    """A function of state and batch, jitted as `make_train_step` says."""
+def jitted_step(
+    step: Callable, given: tuple[Any, ...], placement: Placement, state: TrainState
+) -> jax.stages.Wrapped:
+    """A function of `given`, state and batch, jitted as `make_train_step` says."""
     placed = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(
-        attention_on(placement.mesh, HEADS)(step),
+        functools.partial(attention_on(placement.mesh, HEADS)(step), *given),
         donate_argnums=0,
         in_shardings=(placed, NamedSharding(placement.mesh, BATCH)),
         out_shardings=(placed, NamedSharding(placement.mesh, PartitionSpec())),

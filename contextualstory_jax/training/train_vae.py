@@ -112,8 +112,8 @@ def make_vae_step(setup: Setup, state: TrainState) -> jax.stages.Wrapped:
     """The jitted step of the VAE."""
     model, config, placement = setup.model, setup.config, setup.placement
     of_micro_batch = functools.partial(vae_loss, model, config.kl_weight)
-    step = functools.partial(optimizer_step, of_micro_batch, model.dtype, config, placement)
-    return jitted_step(step, placement, state)
+    given = of_micro_batch, model.dtype, config, placement
+    return jitted_step(optimizer_step, given, placement, state)
 
 
 def make_measurement(setup: Setup) -> jax.stages.Wrapped:
