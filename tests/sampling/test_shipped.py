@@ -91,7 +91,7 @@ def test_other_seeds_draw_other_pictures(pipeline):
 def test_generates_the_story_of_the_readme_right(tmp_path):
     readme = (ROOT / "README.md").read_text()
     [command] = re.findall(
-        r"^contextualstory-jax (generate .*--sentence(?:.*\\\n)*.*)$", readme, re.M
+        r"^contextualstory-jax (generate .*--sentence (?:.*\\\n)*.*)$", readme, re.M
     )
     arguments = shlex.split(command.replace("\\\n", " "))
 
@@ -104,7 +104,8 @@ def test_generates_the_story_of_the_readme_right(tmp_path):
 
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     frames = [f"story/frame_{i}.png" for i in range(5)]
-    assert written == {*frames, "story/grid.png", "story/story.gif", "stories.json"}
+    others = ("grid.png", "story.gif", "story.json", "latents.npy")
+    assert written == {*frames, *(f"story/{name}" for name in others), "stories.json"}
     readings = read_frames(np.stack([np.asarray(Image.open(tmp_path / name)) for name in frames]))
     both = {"emil", "otto"}
     assert [set(reading.characters) for reading in readings] == [
