@@ -110,7 +110,7 @@ def generate(arguments: argparse.Namespace, plan: Plan, initial_latents: np.ndar
 
 
 def batch_settings(pipeline: StoryPipeline, plan: Plan, batch_size: int) -> dict[str, Any]:
-    """What else decides a story's bytes: frames that were kept, the batch's size, the device."""
+    """Other settings that decide a story's bytes: kept frames, the batch's size, the device."""
     from contextualstory_jax.distributed.sharding import batch_ways
     from contextualstory_jax.sampling.sample import bucket
 

@@ -32,7 +32,7 @@ MOST_COPIES = 1024  # of a story that fill a batch
 
 @dataclasses.dataclass(frozen=True)
 class StoredSettings:
-    """What `generate --from` takes from a story beside `SamplingConfig` and `FrameInitConfig`."""
+    """Settings that `generate --from` takes from a story beside `SamplingConfig` and `FrameInitConfig`."""
 
     negative_prompt: str | tuple[str, ...] | None = None
     height: int | None = None
@@ -92,7 +92,7 @@ class Plan:
 
 
 def read_plan(arguments: argparse.Namespace, saved: SavedStory | None) -> Plan:
-    """What is to be generated. Raises `UserError` for arguments that are not right."""
+    """Read the stories to generate. Raises `UserError` for arguments that are not right."""
     _check_combination(arguments, saved)
     stories = read_stories(arguments, saved)
     for story in stories:

@@ -94,7 +94,7 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run has before it has parameters."""
+    """The parts of a run that need no parameters."""
 
     config: TrainConfig
     workdir: Path
@@ -107,7 +107,7 @@ class Setup:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a run optimizes, and how its states are measured and shown."""
+    """The loss that a run optimizes, and how its states are measured and shown."""
 
     stories: TokenizedStories | EncodedStories
     flops: int  # of a step
