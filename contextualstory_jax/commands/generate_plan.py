@@ -32,7 +32,7 @@ MOST_COPIES = 1024  # of a story that fill a batch
 
 @dataclasses.dataclass(frozen=True)
 class StoredSettings:
-    """Settings that `generate --from` takes from a story beside `SamplingConfig` and `FrameInitConfig`."""
+    """Settings of a saved story beside `SamplingConfig` and `FrameInitConfig`."""
 
     negative_prompt: str | tuple[str, ...] | None = None
     height: int | None = None
