@@ -156,7 +156,7 @@ def test_a_story_model_starts_from_it(trained, config, tmp_path, capsys):
     assert psnr == pytest.approx(metrics(workdir)[-1]["validation_psnr"], abs=2)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_story_model_trains_on_its_latents(trained, config, tmp_path):
     story = dataclasses.replace(config, init_from=str(trained[1]), steps=1, sample_every=1)
 
