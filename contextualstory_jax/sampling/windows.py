@@ -205,17 +205,27 @@ def long_noise(
     shape: tuple[int, int, int],
     shared_noise_seed: int | None,
 ) -> Float32[np.ndarray, "b f p q c"]:
-    """Noise of stories of any length, which begins as a short story's does."""
+    """Noise of stories of any length, which begins as a short story's does.
+
+    Args:
+        config: the model.
+        stories: whose ids, with their seeds, decide the noise.
+        seeds: one for each story.
+        shape: of a frame's latents.
+        shared_noise_seed: of the part that frames share; None for that of `seeds`.
+
+    Raises:
+        UserError: where the model's noise has no shared part, and a seed of one is given.
+    """
     check_shared_noise(shared_noise_seed, None, config.noise)
     ids = [story.id for story in stories]
     shared = seeds if shared_noise_seed is None else [shared_noise_seed] * len(stories)
     keys, *_ = random_keys(list(zip(ids, seeds, strict=True)))
     shared_keys, *_ = random_keys(list(zip(ids, shared, strict=True)))
     # Always of the same number of frames, so that all stories share the compiled sampling.
-    sample = lambda key, shared: story_noise(  # noqa: E731
-        key, (MOST_SENTENCES, *shape), config.noise, shared
-    )
-    return np.asarray(jax.vmap(sample)(keys, shared_keys))
+    frames = (MOST_SENTENCES, *shape)
+    noise = jax.vmap(lambda key, shared: story_noise(key, frames, config.noise, shared))
+    return np.asarray(noise(keys, shared_keys))
 
 
 def _story_of_window(
