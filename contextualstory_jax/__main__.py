@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("train", "train a model"),
     "evaluate": ("evaluate", "generate the test stories of a dataset and measure them"),
     "train-vae": ("commands.train_vae", "train a VAE by itself, for the model to start from"),
+    "studio": ("commands.studio", "serve a page to write stories and change their frames"),
     "convert": ("commands.convert", "convert a released model to a checkpoint folder"),
     "export": ("commands.export", "write a checkpoint in the layout of the released models"),
     "prepare": ("commands.prepare", "check a dataset and write it in shards"),

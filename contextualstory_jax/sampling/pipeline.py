@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from contextualstory_jax.checkpoints.layout import load_weights, read_model
 from contextualstory_jax.config.mesh_config import MeshConfig
@@ -315,6 +315,11 @@ class StoryPipeline:
         unet = self.model.config.unet
         black = np.zeros((*size, 3), np.uint8) if unet.is_continuation else None
         return [Story([""] * unet.n_frames, first_frame=black)] * count
+
+    def preview(self, latents: Float32[jax.Array, "b f p q c"]) -> UInt8[np.ndarray, "b f h w 3"]:
+        """Images of latents that a callback receives, with the noise that is still in them."""
+        scale = jnp.maximum(latents.std(), 1)  # of some solvers the first ones are far larger
+        return np.asarray(self._programs.decode(self.params, None, latents / scale)[0])
 
     def draw_batches(
         self, stories: Sequence[Story], *, window_overlap: int = OVERLAP, **options: Any

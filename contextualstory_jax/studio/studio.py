@@ -1,0 +1,507 @@
+"""The actions of the studio: each one changes a story, and saves it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import tempfile
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from contextualstory_jax.config.model_config import SamplingConfig
+from contextualstory_jax.data.images import read_image
+from contextualstory_jax.data.vocabulary import warnings
+from contextualstory_jax.sampling.arguments import (
+    SEEDS,
+    check_choice,
+    check_integer,
+    check_stories,
+    read_frames,
+    read_sampling,
+)
+from contextualstory_jax.sampling.export_formats import FORMATS, check_formats
+from contextualstory_jax.sampling.pretrained import SHIPPED
+from contextualstory_jax.sampling.prompts import (
+    OVERLAP,
+    Kept,
+    Story,
+    check_sentence,
+    check_story,
+    fit_image,
+)
+from contextualstory_jax.sampling.sample import Generated
+from contextualstory_jax.sampling.saved_story import SavedStory
+from contextualstory_jax.sampling.windows import unclear_starts
+from contextualstory_jax.studio.projects import Project, Projects
+from contextualstory_jax.studio.worker import BATCH, Job, Model, Worker
+from contextualstory_jax.utils.errors import UserError, brief, require
+
+MOST_STEPS = 250
+MOST_CANDIDATES = 8
+MOST_BYTES = 20 * 2**20  # of an upload
+EXPORTS = ("png", *FORMATS, "json")
+
+
+class Settings(NamedTuple):
+    """Everything that a client may choose beside the sentences; None: the model's own."""
+
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    storyflow: Sequence[float] | None = None  # one from each frame to the next
+
+    def sampling(self, model: Model) -> SamplingConfig:
+        """Steps and scales. Raises `UserError` for values out of range."""
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1, MOST_STEPS)
+        if self.guidance is not None:
+            number = isinstance(self.guidance, int | float) and 0 <= self.guidance <= 100
+            require(number, f"guidance must be a number in 0..100; got {brief(self.guidance)}")
+        return read_sampling(
+            model.config, None, num_inference_steps=self.steps, guidance_scale=self.guidance
+        )
+
+
+class Studio:
+    """Stories, models and the worker that generates."""
+
+    def __init__(self, models: Sequence[Model], projects: Projects, worker: Worker):
+        self.models = {model.name: model for model in models}
+        self.projects, self.worker = projects, worker
+        self._jobs: dict[str, Job] = {}  # by link, the last one
+
+    def model(self, name: str) -> Model:
+        """A model by its name; the first one where none is given."""
+        name = name or next(iter(self.models))
+        check_choice("model", name, list(self.models))
+        return self.models[name]
+
+    def generate(
+        self,
+        link: str,
+        sentences: Sequence[str],
+        settings: Settings,
+        *,
+        keep: Sequence[int] | None = None,
+        images: Mapping[int, str] | None = None,
+        model: str = "",
+        client: Hashable = None,
+    ) -> tuple[str, Job]:
+        """Generate a story, or the frames of it that are not kept.
+
+        Args:
+            link: of the story; empty for a new one.
+            sentences: one a frame; frames of a story follow their sentences.
+            settings: all else.
+            keep: frames that stay; None for those that are locked.
+            images: of one's own, by frame, as base64 or data URL; 0 is a continuation's first.
+            model: name of the model.
+            client: whose jobs are limited.
+
+        Returns:
+            The story's link, and the job that generates it.
+
+        Raises:
+            UserError: For input that is not right; nothing is changed then.
+        """
+        chosen = self.model(model)
+        story = _story(sentences)
+        own = _own_images(images, len(story.sentences))
+        project = self.projects.find(link) if link else None
+        saved = None if project is None else self._idle(project).read()
+        sources = _sources(() if saved is None else saved.story.sentences, story.sentences)
+        size = (chosen.config.height, chosen.config.width)
+        if keep is None:
+            locked = [] if project is None else project.read_page().get("locked", [])
+            keep = [i for i, source in enumerate(sources) if source in locked]
+        require(isinstance(keep, list | tuple), f"keep must be a list of frames; got {brief(keep)}")
+        kept_frames = {check_integer("keep", i, 0, len(sources) - 1) for i in keep}
+        kept_frames = {i for i in kept_frames if sources[i] is not None}
+        if saved is not None and kept_frames:
+            size = saved.images.shape[1:3]
+        base = _arranged(saved, story, sources, size, own)
+        if chosen.config.unet.is_continuation:
+            require(0 in own or sources[0] == 0, "give a first frame, which the story continues")
+            base = dataclasses.replace(base, story=story._replace(first_frame=base.images[0]))
+            kept_frames |= {0}
+        kept_frames |= own.keys()
+        require(
+            len(kept_frames) < len(sources),
+            f"all {len(sources)} frames are kept; leave one to generate",
+        )
+        project = project or self.projects.create()
+        page = {"sentences": list(story.sentences), "model": chosen.name, **settings._asdict()}
+        page["locked"] = sorted(i for i in kept_frames if i not in own or i in keep)
+        frames = [i for i in range(len(sources)) if i not in kept_frames]
+        job = self._job(project, chosen, base, frames, [settings.seed], settings, client)
+        project.write_page(**page)
+        self._submit(project, job)
+        return project.link, job
+
+    def regenerate(
+        self,
+        link: str,
+        frames: Sequence[int],
+        settings: Settings,
+        *,
+        sentences: Sequence[str] | None = None,
+        near: bool = False,
+        client: Hashable = None,
+    ) -> Job:
+        """Generate some frames again; all others stay.
+
+        Args:
+            link: of the story.
+            frames: their numbers.
+            settings: all else.
+            sentences: as many as frames, where some have changed.
+            near: whether they stay near to the old ones.
+            client: whose jobs are limited.
+
+        Raises:
+            UserError: For input that is not right.
+        """
+        project, saved, model = self._open(link, sentences)
+        again = read_frames(frames, model.config.unet, len(saved.seeds))
+        shared = saved.seeds[again[0]] if near else None
+        job = self._job(project, model, saved, again, [settings.seed], settings, client, shared)
+        self._submit(project, job)
+        return job
+
+    def candidates(
+        self,
+        link: str,
+        frames: Sequence[int],
+        count: int,
+        settings: Settings,
+        *,
+        client: Hashable = None,
+    ) -> Job:
+        """Generate versions of some frames, of which `choose` takes one into the story.
+
+        Raises:
+            UserError: For input that is not right.
+        """
+        check_integer("candidates", count, 1, MOST_CANDIDATES)
+        project, saved, model = self._open(link, None)
+        again = read_frames(frames, model.config.unet, len(saved.seeds))
+        check_integer("seed", settings.seed, 0, SEEDS[1] - count)
+        seeds = [settings.seed + i for i in range(count)]
+        job = self._job(project, model, saved, again, seeds, settings, client, to_choose=True)
+        self._submit(project, job)
+        return job
+
+    def choose(self, link: str, number: int) -> None:
+        """Take one of the candidates. Raises `UserError` where there is no such one."""
+        project = self._idle(self.projects.find(link))
+        found = project.read_candidates()
+        require(len(found) > 0, "there are no candidates; generate some")
+        project.save(found[check_integer("number", number, 0, len(found) - 1)])
+
+    def replace(self, link: str, frame: int, image: str) -> None:
+        """Put one's own image in place of a frame. Raises `UserError` for what is no image."""
+        project, saved, _ = self._open(link, None)
+        count = len(saved.seeds)
+        check_integer("frame", frame, 0, count - 1)
+        images = saved.images.copy()
+        images[frame] = fit_image(decode_image(image), *images.shape[1:3])
+        seeds = tuple(None if i == frame else seed for i, seed in enumerate(saved.seeds))
+        first = images[0] if saved.story.first_frame is not None else None
+        project.save(
+            dataclasses.replace(
+                saved,
+                story=saved.story._replace(first_frame=first),
+                images=images,
+                latents=None,  # the VAE encodes them where they are kept
+                seeds=seeds,
+            )
+        )
+        self.lock(link, frame, True)
+
+    def lock(self, link: str, frame: int, locked: bool) -> None:
+        """Remember that a frame stays when the story is generated again."""
+        project = self.projects.find(link)
+        with project.lock:
+            others = {*project.read_page().get("locked", [])} - {frame}
+            project.write_page(locked=sorted(others | ({frame} if locked else set())))
+
+    def step(self, link: str, by: int) -> None:
+        """Undo (-1) or redo (1) the last change. Raises `UserError` where there is none."""
+        project = self._idle(self.projects.find(link))
+        project.step(by)
+        saved = project.read()
+        assert saved is not None
+        project.write_page(sentences=list(saved.story.sentences))
+
+    def cancel(self, link: str) -> None:
+        """End the generation of a story; it stays as it was before."""
+        if job := self._jobs.get(self.projects.find(link).link):
+            self.worker.cancel(job)
+
+    def export(self, link: str, kind: str, folder: Path) -> list[Path]:
+        """Write a story in one format, and return the files.
+
+        Args:
+            link: of the story.
+            kind: one of `EXPORTS`; `png` is a file for each frame, `json` makes the same again.
+            folder: where the files are written.
+
+        Raises:
+            UserError: For a format that is not known, or whose library is not installed.
+        """
+        check_choice("format", kind, EXPORTS)
+        check_formats([kind])
+        saved = self.projects.find(link).read()
+        if saved is None:
+            raise UserError("the story has no frames yet; generate it first")
+        saved.write(folder, formats=[kind] if kind in FORMATS else [])
+        if kind == "png":
+            return [folder / f"frame_{i}.png" for i in range(len(saved.seeds))]
+        return [folder / ("story.json" if kind == "json" else FORMATS[kind][0])]
+
+    def notes(self, sentences: Sequence[str], model: Model) -> list[str]:
+        """Warnings of words that the model does not know, and of pronouns it cannot resolve."""
+        lines = warnings(sentences, model.vocabulary) if model.vocabulary else []
+        story = Story([s or "." for s in sentences])
+        for i in unclear_starts(story, model.config.unet.n_frames, OVERLAP) if sentences else ():
+            word = story.sentences[i].split()[0]
+            lines.append(f"sentence {i + 1} begins a window: name who {word!r} is")
+        return lines
+
+    def settings(self, link: str, seed: int) -> Settings:
+        """Those that a story was generated with, and another seed."""
+        page = self.projects.find(link).read_page()
+        return Settings(seed, page.get("steps"), page.get("guidance"), page.get("storyflow"))
+
+    def next_seed(self, link: str, frame: int, seed: int) -> int:
+        """The seed, or the next one that is not a frame's own, so that the frame changes."""
+        saved = self.projects.find(link).read()
+        seeds = () if saved is None else saved.seeds
+        if not 0 <= frame < len(seeds) or seeds[frame] != seed:
+            return seed
+        return max(other for other in seeds if other is not None) + 1
+
+    def titles(self, links: Iterable[str]) -> list[tuple[str, str]]:
+        """Links of stories that are there, each with its first sentence."""
+        rows = []
+        for link in links:
+            try:
+                project = self.projects.find(link)
+            except UserError:
+                continue
+            sentences = project.read_page().get("sentences") or [project.folder.name]
+            rows.append((link, f"{sentences[0]} ({len(sentences)})"))
+        return rows
+
+    def running(self, link: str) -> Job | None:
+        """The job that generates a story, if any."""
+        job = self._jobs.get(link)
+        return job if job is not None and not job.done.is_set() else None
+
+    def _idle(self, project: Project) -> Project:
+        require(
+            self.running(project.link) is None,
+            "this story is being generated; wait for it or cancel",
+        )
+        return project
+
+    def _open(
+        self, link: str, sentences: Sequence[str] | None
+    ) -> tuple[Project, SavedStory, Model]:
+        """A story with frames, perhaps with other sentences, and the model it is of."""
+        project = self._idle(self.projects.find(link))
+        saved = project.read()
+        if saved is None:
+            raise UserError("the story has no frames yet; generate it first")
+        model = self.model(str(project.read_page().get("model", "")))
+        if sentences is not None:
+            story = _story(sentences)._replace(first_frame=saved.story.first_frame)
+            require(
+                len(story.sentences) == len(saved.seeds),
+                f"{len(story.sentences)} sentences for {len(saved.seeds)} frames; "
+                "generate the story first",
+            )
+            saved = dataclasses.replace(saved, story=story._replace(context=saved.story.context))
+        return project, saved, model
+
+    def _job(
+        self,
+        project: Project,
+        model: Model,
+        saved: SavedStory,
+        frames: Sequence[int],
+        seeds: Sequence[int],
+        settings: Settings,
+        client: Hashable,
+        shared_seed: int | None = None,
+        to_choose: bool = False,
+    ) -> Job:
+        """A job that generates some frames of a story, and saves it."""
+        for seed in seeds:
+            check_integer("seed", seed, *SEEDS)
+        keep = tuple(i not in frames for i in range(len(saved.seeds)))
+        sampling = settings.sampling(model)
+        flow = _storyflow(settings.storyflow, model.config.unet.n_frames, len(keep))
+        options: dict[str, Any] = {
+            "sampling": sampling,
+            "size": tuple(saved.images.shape[1:3]),
+            "storyflow": flow,
+            "shared_noise_seed": shared_seed,
+            "window_overlap": OVERLAP,
+        }
+        check_stories([saved.story], model.config.unet, options["size"])
+        same_model = saved.checkpoint.get("path") == _path(model)
+        latents = saved.latents if same_model else None
+        kept = Kept(saved.images, latents, keep) if any(keep) else None
+
+        def finish(generated: Generated) -> None:
+            stories = [
+                _saved(model, saved, keep, seed, options, *one)
+                for seed, *one in zip(seeds, *generated, strict=True)
+            ]
+            if to_choose:
+                project.write_candidates(stories)
+            else:
+                project.save(stories[0])
+
+        return Job(model, saved.story, seeds, kept, options, finish, client)
+
+    def _submit(self, project: Project, job: Job) -> None:
+        self.worker.submit(job)
+        self._jobs[project.link] = job
+
+
+def _story(sentences: Sequence[str]) -> Story:
+    """A story of text lines. Raises `UserError` for too few, too many or too long ones."""
+    require(isinstance(sentences, list | tuple), "sentences must be a list of strings")
+    story = Story(tuple(check_sentence(sentence, "sentences") for sentence in sentences))
+    check_story(story)
+    return story
+
+
+def _sources(old: Sequence[str], new: Sequence[str]) -> list[int | None]:
+    """For each new sentence the frame that it had; a changed one has the frame in its place."""
+    left = list(range(len(old)))
+    found: list[int | None] = []
+    for sentence in new:
+        same = next((i for i in left if old[i] == sentence), None)
+        found.append(same)
+        if same is not None:
+            left.remove(same)
+    if len(old) == len(new):
+        return [i if source is None and i in left else source for i, source in enumerate(found)]
+    return found
+
+
+def _arranged(
+    saved: SavedStory | None,
+    story: Story,
+    sources: Sequence[int | None],
+    size: tuple[int, int],
+    own: Mapping[int, np.ndarray],
+) -> SavedStory:
+    """A story with the frames that its sentences had, black ones where they had none."""
+    images = np.zeros((len(sources), *size, 3), np.uint8)
+    latents = None
+    if saved is not None and saved.images.shape[1:3] == size:
+        if saved.latents is not None and not own:
+            latents = np.zeros((len(sources), *saved.latents.shape[1:]), np.float32)
+        for i, source in enumerate(sources):
+            if source is not None:
+                images[i] = saved.images[source]
+                if latents is not None and saved.latents is not None:
+                    latents[i] = saved.latents[source]
+    seeds = [None if i is None or saved is None else saved.seeds[i] for i in sources]
+    for i, image in own.items():
+        images[i], seeds[i] = fit_image(image, *size), None
+    checkpoint = {} if saved is None else saved.checkpoint
+    return SavedStory(story, images, latents, tuple(seeds), checkpoint, {})
+
+
+def _storyflow(values: Sequence[float] | None, length: int, count: int) -> tuple[float, ...] | None:
+    """StoryFlow values of a window, or of each transition of a longer story."""
+    if not values or count == 1:
+        return None
+    numbers = all(isinstance(value, int | float) for value in values)
+    require(
+        numbers and len(values) == count - 1,
+        f"storyflow must be {count - 1} numbers, one from each frame to the next",
+    )
+    padding = max(length - count, 0)  # transitions to frames that are dropped
+    return (*map(float, values), *[float(values[-1])] * padding)
+
+
+def _path(model: Model) -> str | None:
+    return None if model.folder == SHIPPED else str(model.folder.absolute())
+
+
+def _saved(
+    model: Model,
+    old: SavedStory,
+    keep: Sequence[bool],
+    seed: int,
+    options: Mapping[str, Any],
+    images: np.ndarray,
+    latents: np.ndarray,
+) -> SavedStory:
+    """A generated story with all that `generate --from` needs to make it again."""
+    pipeline = model.pipeline
+    flow = options["storyflow"]
+    settings = dataclasses.asdict(options["sampling"]) | {
+        "negative_prompt": None,
+        "storyflow": pipeline.storyflow.tolist() if flow is None else list(flow),
+        "frameinit": None,
+        "camera_motion": None,
+        "window_overlap": options["window_overlap"],
+        "height": options["size"][0],
+        "width": options["size"][1],
+        "dtype": "float32",
+        "initial_latents": None,
+        "kept": [i for i, kept in enumerate(keep) if kept],
+        "shared_noise_seed": options["shared_noise_seed"],
+        "batch_size": BATCH,
+        "device": jax.local_devices()[0].device_kind,
+        "seed": seed,
+    }
+    checkpoint = {"path": _path(model), "step": pipeline.step, "weights": pipeline.weights}
+    seeds = tuple(old if stays else seed for old, stays in zip(old.seeds, keep, strict=True))
+    return SavedStory(old.story, images, latents, seeds, checkpoint, settings)
+
+
+def _own_images(images: Any, count: int) -> dict[int, np.ndarray]:
+    """One's own images by the frames that they are to be."""
+    require(images is None or isinstance(images, dict), "images must be an object of data URLs")
+    numbers = {str(i): i for i in range(count)}
+    for name in images or {}:
+        require(
+            str(name) in numbers,
+            f"images: no frame {brief(name)}; they are numbered from 0 to {count - 1}",
+        )
+    return {numbers[str(name)]: decode_image(data) for name, data in (images or {}).items()}
+
+
+def decode_image(data: Any) -> np.ndarray:
+    """An image from base64 or a data URL, decoded as `--first-frame` is.
+
+    Raises:
+        UserError: It is too large, or no image.
+    """
+    require(isinstance(data, str), "an image must be base64 text or a data URL")
+    encoded = data.rpartition(",")[2]
+    require(len(encoded) * 3 // 4 <= MOST_BYTES, "the image has over 20 MB; scale it down")
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UserError("the image is not base64; send it as a data URL") from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "upload"
+        path.write_bytes(content)
+        try:
+            return np.asarray(read_image(path))
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), "the upload")) from error
