@@ -25,7 +25,8 @@ CSS = """
 .story img { width: 172px; max-width: 100%; display: block; border-radius: 6px; }
 .story img.small { image-rendering: pixelated; }
 .story figcaption { font-size: 14px; line-height: 1.35; margin: 6px 0; overflow-wrap: anywhere; }
-.story .actions { display: flex; flex-wrap: wrap; gap: 6px; font-size: 13px; }
+.story .actions { display: flex; flex-wrap: wrap; gap: 6px; font-size: 13px; align-items: center; }
+.story .actions label { display: inline-flex; gap: 4px; align-items: center; }
 .story button, .story .file { border: 1px solid #6b7280; border-radius: 4px; padding: 3px 8px;
   cursor: pointer; font-size: 13px; background: transparent; color: inherit; }
 .story .file input { position: absolute; width: 1px; height: 1px; opacity: 0; }

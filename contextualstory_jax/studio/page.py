@@ -221,7 +221,9 @@ class Page:
                         list(EXPORTS), value="strip", label="Format", min_width=120
                     )
                     self.export = gr.Button("Export", elem_id="export", min_width=80)
-                self.files = gr.File(label="Exported files", file_count="multiple", visible=True)
+                self.files = gr.File(
+                    label="Exported files", file_count="multiple", visible=False
+                )
                 self.link = gr.Textbox(
                     label="Link of this story: keep it, there is no other way to it",
                     interactive=False,
@@ -334,7 +336,7 @@ class Page:
         if link:
             self.studio.cancel(link)
 
-    async def on_export(self, link: str, format: str) -> AsyncIterator[list[str]]:
+    async def on_export(self, link: str, format: str) -> AsyncIterator[Any]:
         """The button Export, and the endpoint `export`."""
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -343,7 +345,7 @@ class Page:
                 )
             except UserError as error:
                 raise gr.Error(str(error), print_exception=False) from error
-            yield [str(path) for path in paths]
+            yield gr.File([str(path) for path in paths], visible=True)
 
     async def on_text(self, text: str, model: str, flow: list[float] | None) -> list[Any]:
         """After the sentences were edited: a slider for each transition, and warnings."""

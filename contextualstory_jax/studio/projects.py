@@ -90,6 +90,7 @@ class Project:
             self._put(number)
             for old in self._versions()[:-MOST_VERSIONS]:
                 self._delete(old)
+            shutil.rmtree(self._candidates, ignore_errors=True)  # of the story before
 
     def step(self, by: int) -> None:
         """Undo with -1, redo with 1. Raises `UserError` where there is nothing to."""
@@ -97,6 +98,7 @@ class Project:
             number = self._neighbour(by)
             require(number is not None, f"there is nothing to {'undo' if by < 0 else 'redo'}")
             self._put(number)
+            shutil.rmtree(self._candidates, ignore_errors=True)
 
     def can_step(self, by: int) -> bool:
         """Whether there is something to undo (-1) or to redo (1)."""

@@ -120,7 +120,7 @@ class Studio:
             locked = [] if project is None else project.read_page().get("locked", [])
             keep = [i for i, source in enumerate(sources) if source in locked]
         require(isinstance(keep, list | tuple), f"keep must be a list of frames; got {brief(keep)}")
-        kept_frames = {check_integer("keep", i, 0, len(sources) - 1) for i in keep}
+        kept_frames = {_frame("keep", i, len(sources)) for i in keep}
         kept_frames = {i for i in kept_frames if sources[i] is not None}
         if saved is not None and kept_frames:
             size = saved.images.shape[1:3]
@@ -187,6 +187,7 @@ class Studio:
         Raises:
             UserError: For input that is not right.
         """
+        require(count != 0, "candidates must be at least 1; got 0")
         check_integer("candidates", count, 1, MOST_CANDIDATES)
         project, saved, model = self._open(link, None)
         again = read_frames(frames, model.config.unet, len(saved.seeds))
@@ -207,7 +208,7 @@ class Studio:
         """Put one's own image in place of a frame. Raises `UserError` for what is no image."""
         project, saved, _ = self._open(link, None)
         count = len(saved.seeds)
-        check_integer("frame", frame, 0, count - 1)
+        _frame("frame", frame, count)
         images = saved.images.copy()
         images[frame] = fit_image(decode_image(image), *images.shape[1:3])
         seeds = tuple(None if i == frame else seed for i, seed in enumerate(saved.seeds))
@@ -476,13 +477,20 @@ def _saved(
 def _own_images(images: Any, count: int) -> dict[int, np.ndarray]:
     """One's own images by the frames that they are to be."""
     require(images is None or isinstance(images, dict), "images must be an object of data URLs")
-    numbers = {str(i): i for i in range(count)}
-    for name in images or {}:
-        require(
-            str(name) in numbers,
-            f"images: no frame {brief(name)}; they are numbered from 0 to {count - 1}",
-        )
-    return {numbers[str(name)]: decode_image(data) for name, data in (images or {}).items()}
+    numbers = {str(i): i for i in range(count)}  # JSON's keys are strings
+    return {
+        _frame("images", numbers.get(str(name), name), count): decode_image(data)
+        for name, data in (images or {}).items()
+    }
+
+
+def _frame(name: str, number: Any, count: int) -> int:
+    """The number of one of `count` frames. Raises `UserError` for anything else."""
+    require(
+        type(number) is int and 0 <= number < count,
+        f"{name}: no frame {brief(number)}; they are numbered from 0 to {count - 1}",
+    )
+    return number
 
 
 def decode_image(data: Any) -> np.ndarray:

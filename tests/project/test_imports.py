@@ -29,7 +29,8 @@ MAY_IMPORT["evaluation"] = {"sampling"} | MAY_IMPORT["sampling"]
 MAY_IMPORT["training"] = {"sampling"} | MAY_IMPORT["sampling"]
 MAY_IMPORT["testing"] = {"sampling"} | MAY_IMPORT["sampling"]
 MAY_IMPORT["analysis"] = {"training"} | MAY_IMPORT["training"]
-MAY_IMPORT["commands"] = {"commands", "analysis", "evaluation", *MAY_IMPORT["analysis"]}
+MAY_IMPORT["studio"] = {"sampling"} | MAY_IMPORT["sampling"]
+MAY_IMPORT["commands"] = {"commands", "analysis", "evaluation", "studio", *MAY_IMPORT["analysis"]}
 COMMANDS = {"__init__", "__main__", "train", "generate", "evaluate"}
 
 # Libraries that few rooms hide from the others, and those that the package does without.
@@ -37,6 +38,7 @@ ONLY_IN = {
     "flax": {"models"},
     "orbax": {"checkpoints", "conversion", "distributed"},  # the last for its barrier
     "torch": {"conversion"},  # to read pickles
+    **dict.fromkeys(("gradio", "fastapi", "uvicorn"), {"studio"}),
 }
 NOWHERE = {"diffusers", "tensorflow"}
 
