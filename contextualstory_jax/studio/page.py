@@ -221,9 +221,7 @@ class Page:
                         list(EXPORTS), value="strip", label="Format", min_width=120
                     )
                     self.export = gr.Button("Export", elem_id="export", min_width=80)
-                self.files = gr.File(
-                    label="Exported files", file_count="multiple", visible=False
-                )
+                self.files = gr.File(label="Exported files", file_count="multiple", visible=False)
                 self.link = gr.Textbox(
                     label="Link of this story: keep it, there is no other way to it",
                     interactive=False,

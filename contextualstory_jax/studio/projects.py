@@ -186,10 +186,8 @@ class Projects:
                 shutil.rmtree(path, ignore_errors=True)
 
     def create(self) -> Project:
-        """A project without frames, of a name of its own."""
-        name = secrets.token_urlsafe(9)
-        (self.folder / name).mkdir()
-        return self._project(name)
+        """A project of a name of its own, whose folder its first file makes."""
+        return self._project(secrets.token_urlsafe(9))
 
     def find(self, link: Any) -> Project:
         """The story of a link. Raises `UserError` where there is none."""

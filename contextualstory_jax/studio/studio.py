@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import math
+import shutil
 import tempfile
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from contextualstory_jax.config.model_config import SamplingConfig
+from contextualstory_jax.config.model_config import SamplingConfig, UNetConfig
 from contextualstory_jax.data.images import read_image
 from contextualstory_jax.data.vocabulary import warnings
 from contextualstory_jax.sampling.arguments import (
@@ -50,10 +52,10 @@ EXPORTS = ("png", *FORMATS, "json")
 class Settings(NamedTuple):
     """Everything that a client may choose beside the sentences; None: the model's own."""
 
-    seed: int = 0
-    steps: int | None = None
-    guidance: float | None = None
-    storyflow: Sequence[float] | None = None  # one from each frame to the next
+    seed: Any = 0
+    steps: Any = None
+    guidance: Any = None
+    storyflow: Any = None  # a list, one number from each frame to the next
 
     def sampling(self, model: Model) -> SamplingConfig:
         """Steps and scales. Raises `UserError` for values out of range."""
@@ -75,7 +77,7 @@ class Studio:
         self.projects, self.worker = projects, worker
         self._jobs: dict[str, Job] = {}  # by link, the last one
 
-    def model(self, name: str) -> Model:
+    def model(self, name: Any) -> Model:
         """A model by its name; the first one where none is given."""
         name = name or next(iter(self.models))
         check_choice("model", name, list(self.models))
@@ -83,23 +85,23 @@ class Studio:
 
     def generate(
         self,
-        link: str,
-        sentences: Sequence[str],
+        link: Any,
+        sentences: Any,
         settings: Settings,
         *,
-        keep: Sequence[int] | None = None,
-        images: Mapping[int, str] | None = None,
-        model: str = "",
+        keep: Any = None,
+        images: Any = None,
+        model: Any = "",
         client: Hashable = None,
     ) -> tuple[str, Job]:
         """Generate a story, or the frames of it that are not kept.
 
         Args:
             link: of the story; empty for a new one.
-            sentences: one a frame; frames of a story follow their sentences.
+            sentences: a list, one a frame; frames of a story follow their sentences.
             settings: all else.
-            keep: frames that stay; None for those that are locked.
-            images: of one's own, by frame, as base64 or data URL; 0 is a continuation's first.
+            keep: a list of frames that stay; None for those that are locked.
+            images: by frame, one's own as base64 or data URL; 0 is a continuation's first.
             model: name of the model.
             client: whose jobs are limited.
 
@@ -140,17 +142,22 @@ class Studio:
         frames = [i for i in range(len(sources)) if i not in kept_frames]
         job = self._job(project, chosen, base, frames, [settings.seed], settings, client)
         project.write_page(**page)
-        self._submit(project, job)
+        try:
+            self._submit(project, job)
+        except UserError:
+            if not link:
+                shutil.rmtree(project.folder)
+            raise
         return project.link, job
 
     def regenerate(
         self,
-        link: str,
-        frames: Sequence[int],
+        link: Any,
+        frames: Any,
         settings: Settings,
         *,
-        sentences: Sequence[str] | None = None,
-        near: bool = False,
+        sentences: Any = None,
+        near: Any = False,
         client: Hashable = None,
     ) -> Job:
         """Generate some frames again; all others stay.
@@ -175,9 +182,9 @@ class Studio:
 
     def candidates(
         self,
-        link: str,
-        frames: Sequence[int],
-        count: int,
+        link: Any,
+        frames: Any,
+        count: Any,
         settings: Settings,
         *,
         client: Hashable = None,
@@ -197,14 +204,14 @@ class Studio:
         self._submit(project, job)
         return job
 
-    def choose(self, link: str, number: int) -> None:
+    def choose(self, link: Any, number: Any) -> None:
         """Take one of the candidates. Raises `UserError` where there is no such one."""
         project = self._idle(self.projects.find(link))
         found = project.read_candidates()
         require(len(found) > 0, "there are no candidates; generate some")
         project.save(found[check_integer("number", number, 0, len(found) - 1)])
 
-    def replace(self, link: str, frame: int, image: str) -> None:
+    def replace(self, link: Any, frame: Any, image: Any) -> None:
         """Put one's own image in place of a frame. Raises `UserError` for what is no image."""
         project, saved, _ = self._open(link, None)
         count = len(saved.seeds)
@@ -224,14 +231,14 @@ class Studio:
         )
         self.lock(link, frame, True)
 
-    def lock(self, link: str, frame: int, locked: bool) -> None:
+    def lock(self, link: Any, frame: int, locked: bool) -> None:
         """Remember that a frame stays when the story is generated again."""
         project = self.projects.find(link)
         with project.lock:
             others = {*project.read_page().get("locked", [])} - {frame}
             project.write_page(locked=sorted(others | ({frame} if locked else set())))
 
-    def step(self, link: str, by: int) -> None:
+    def step(self, link: Any, by: int) -> None:
         """Undo (-1) or redo (1) the last change. Raises `UserError` where there is none."""
         project = self._idle(self.projects.find(link))
         project.step(by)
@@ -239,12 +246,12 @@ class Studio:
         assert saved is not None
         project.write_page(sentences=list(saved.story.sentences))
 
-    def cancel(self, link: str) -> None:
+    def cancel(self, link: Any) -> None:
         """End the generation of a story; it stays as it was before."""
         if job := self._jobs.get(self.projects.find(link).link):
             self.worker.cancel(job)
 
-    def export(self, link: str, kind: str, folder: Path) -> list[Path]:
+    def export(self, link: Any, kind: Any, folder: Path) -> list[Path]:
         """Write a story in one format, and return the files.
 
         Args:
@@ -274,7 +281,7 @@ class Studio:
             lines.append(f"sentence {i + 1} begins a window: name who {word!r} is")
         return lines
 
-    def settings(self, link: str, seed: int) -> Settings:
+    def settings(self, link: Any, seed: Any) -> Settings:
         """Those that a story was generated with, and another seed."""
         page = self.projects.find(link).read_page()
         return Settings(seed, page.get("steps"), page.get("guidance"), page.get("storyflow"))
@@ -311,9 +318,7 @@ class Studio:
         )
         return project
 
-    def _open(
-        self, link: str, sentences: Sequence[str] | None
-    ) -> tuple[Project, SavedStory, Model]:
+    def _open(self, link: Any, sentences: Any) -> tuple[Project, SavedStory, Model]:
         """A story with frames, perhaps with other sentences, and the model it is of."""
         project = self._idle(self.projects.find(link))
         saved = project.read()
@@ -336,7 +341,7 @@ class Studio:
         model: Model,
         saved: SavedStory,
         frames: Sequence[int],
-        seeds: Sequence[int],
+        seeds: Sequence[Any],
         settings: Settings,
         client: Hashable,
         shared_seed: int | None = None,
@@ -347,7 +352,7 @@ class Studio:
             check_integer("seed", seed, *SEEDS)
         keep = tuple(i not in frames for i in range(len(saved.seeds)))
         sampling = settings.sampling(model)
-        flow = _storyflow(settings.storyflow, model.config.unet.n_frames, len(keep))
+        flow = _storyflow(settings.storyflow, model.config.unet, len(keep))
         options: dict[str, Any] = {
             "sampling": sampling,
             "size": tuple(saved.images.shape[1:3]),
@@ -377,7 +382,7 @@ class Studio:
         self._jobs[project.link] = job
 
 
-def _story(sentences: Sequence[str]) -> Story:
+def _story(sentences: Any) -> Story:
     """A story of text lines. Raises `UserError` for too few, too many or too long ones."""
     require(isinstance(sentences, list | tuple), "sentences must be a list of strings")
     story = Story(tuple(check_sentence(sentence, "sentences") for sentence in sentences))
@@ -424,17 +429,20 @@ def _arranged(
     return SavedStory(story, images, latents, tuple(seeds), checkpoint, {})
 
 
-def _storyflow(values: Sequence[float] | None, length: int, count: int) -> tuple[float, ...] | None:
+def _storyflow(values: Any, unet: UNetConfig, count: int) -> tuple[float, ...] | None:
     """StoryFlow values of a window, or of each transition of a longer story."""
-    if not values or count == 1:
+    if values is None or count == 1:
         return None
-    numbers = all(isinstance(value, int | float) for value in values)
+    require(unet.use_motion_condition, "this model has no StoryFlow Adapter; leave storyflow out")
+    listed = values if isinstance(values, list | tuple) else ()
     require(
-        numbers and len(values) == count - 1,
-        f"storyflow must be {count - 1} numbers, one from each frame to the next",
+        len(listed) == count - 1
+        and all(isinstance(value, int | float) and 0 <= value < math.inf for value in listed),
+        f"storyflow must be {count - 1} finite numbers, one from each frame to the next, at least "
+        f"0; got {brief(values)}",
     )
-    padding = max(length - count, 0)  # transitions to frames that are dropped
-    return (*map(float, values), *[float(values[-1])] * padding)
+    padding = max(unet.n_frames - count, 0)  # transitions to frames that are dropped
+    return (*map(float, listed), *[float(listed[-1])] * padding)
 
 
 def _path(model: Model) -> str | None:

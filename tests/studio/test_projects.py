@@ -95,7 +95,9 @@ def test_a_folder_that_generate_wrote_is_a_story_and_can_be_had_back(tmp_path):
 
 
 def test_links_outlive_a_restart_and_are_of_one_folder(projects, tmp_path):
-    link = projects.create().link
+    project = projects.create()
+    project.write_page(sentences=["a"])
+    link = project.link
 
     assert Projects(projects.folder).find(link).folder == projects.folder / link.split("~")[0]
     with pytest.raises(UserError, match="no story with this link"):

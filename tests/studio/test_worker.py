@@ -85,9 +85,7 @@ def test_a_batch_has_the_bytes_of_its_stories_alone(worker, model, held, monkeyp
     assert len({slot[0] for slot in batches[0]}) == 2
 
     for together, values in zip(jobs, wanted, strict=True):
-        alone = [
-            run(worker, [job(model, **{**values, "seeds": (s,)})])[0] for s in together.seeds
-        ]
+        alone = [run(worker, [job(model, **{**values, "seeds": (s,)})])[0] for s in together.seeds]
         for name in ("images", "latents"):
             single = np.concatenate([getattr(one, name) for one in alone])
             np.testing.assert_array_equal(getattr(together.found[0], name), single)
