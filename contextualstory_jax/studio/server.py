@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from contextualstory_jax.studio.studio import Studio
 
 MOST_BYTES = 20 * 2**20  # of a request
+TOO_LARGE = "a request may have 20 MB; send a smaller image"
 INSTALL = "the studio needs Gradio: pip install 'contextualstory-jax[studio]'"
 # Routes of Gradio that the studio does without: other sites' files, and those of developers.
 CLOSED = re.compile(
@@ -40,10 +41,6 @@ HEADERS = {
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-
-
-class TooLarge(Exception):
-    """A request's body is over the limit."""
 
 
 class Guard:
@@ -91,7 +88,7 @@ class Guard:
             challenge = {"WWW-Authenticate": 'Basic realm="studio", charset="UTF-8"'}
             return 401, "log in with the studio's password, and any user name", challenge
         if int_of(headers.get("content-length", b"0")) > MOST_BYTES:
-            return 413, "a request may have 20 MB; send a smaller image", {}
+            return 413, TOO_LARGE, {}
         if CLOSED.match(path):
             return 404, "there is nothing here", {}
         return None
@@ -122,29 +119,31 @@ class Guard:
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
         size, started = 0, False
 
-        async def count() -> Message:
+        async def counted() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > MOST_BYTES:
-                raise TooLarge
-            return message
+            return {"type": "http.disconnect"} if size > MOST_BYTES else message
 
         async def with_headers(message: Message) -> None:
             nonlocal started
+            if size > MOST_BYTES:
+                return  # the app may say anything about half a body
             if message["type"] == "http.response.start":
                 started = True
-                names = {name.lower() for name, _ in message.get("headers", [])}
-                extra = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
-                own = [(k, v) for k, v in extra if k not in names]
-                message["headers"] = [*message.get("headers", []), *own]
+                given = list(message.get("headers", []))
+                names = {name.lower() for name, _ in given}
+                extra = [(name.lower().encode(), text.encode()) for name, text in HEADERS.items()]
+                message["headers"] = given + [pair for pair in extra if pair[0] not in names]
             await send(message)
 
         try:
-            await self.app(scope, count, with_headers)
-        except TooLarge:
-            if not started:
-                await answer(send, 413, "a request may have 20 MB; send a smaller image", {})
+            await self.app(scope, counted, with_headers)
+        except Exception:
+            if size <= MOST_BYTES:
+                raise
+        if size > MOST_BYTES and not started:
+            await answer(send, 413, TOO_LARGE, {})
 
 
 def int_of(value: bytes) -> int:

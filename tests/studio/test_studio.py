@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from contextualstory_jax import StoryPipeline, generate
-from contextualstory_jax.sampling.saved_story import SavedStory
 from contextualstory_jax.studio.projects import Projects
 from contextualstory_jax.studio.studio import Settings
 from contextualstory_jax.utils.errors import UserError
@@ -30,7 +29,8 @@ def done(studio, link, job):
 @pytest.fixture
 def loaded(model, monkeypatch):
     """The command line with the model that the studio has loaded."""
-    monkeypatch.setattr(StoryPipeline, "load", lambda *_, **__: model.pipeline)
+    pipeline = model.pipeline
+    monkeypatch.setattr(StoryPipeline, "load", lambda *_, **__: pipeline)
 
 
 def test_command_line_and_studio_take_each_others_stories(studio, loaded):
