@@ -64,8 +64,9 @@ class Settings(NamedTuple):
         if self.guidance is not None:
             number = isinstance(self.guidance, int | float) and 0 <= self.guidance <= 100
             require(number, f"guidance must be a number in 0..100; got {brief(self.guidance)}")
+        scale = None if self.guidance is None else float(self.guidance)
         return read_sampling(
-            model.config, None, num_inference_steps=self.steps, guidance_scale=self.guidance
+            model.config, None, num_inference_steps=self.steps, guidance_scale=scale
         )
 
 
