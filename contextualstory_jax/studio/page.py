@@ -2,20 +2,20 @@
 
 import asyncio
 import base64
-import functools
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from contextualstory_jax.studio import html
-from contextualstory_jax.studio.studio import EXPORTS, Settings, Studio
+from contextualstory_jax.studio.endpoints import POLL_SECONDS, Endpoints, client_of
+from contextualstory_jax.studio.inputs import Settings
+from contextualstory_jax.studio.studio import EXPORTS, Studio
 from contextualstory_jax.studio.worker import Job
 from contextualstory_jax.utils.errors import UserError
 
-POLL_SECONDS = 0.2
 CANDIDATES = 4  # of a frame, on the page
 
 # The address names the story, and the browser remembers those that it has seen.
@@ -31,138 +31,9 @@ RECALL = """() => [new URLSearchParams(location.search).get('story') || '',
   JSON.parse(localStorage.getItem('stories') || '[]')]"""
 
 
-def client_of(request: gr.Request) -> str:
-    """Whose requests are limited together."""
-    host = request.client.host if request.client else ""
-    return f"{host} {request.session_hash or ''}"
-
-
 def sentences_of(text: str) -> list[str]:
     """The lines of a text that are not blank."""
     return [line.strip() for line in (text or "").splitlines() if line.strip()]
-
-
-def describe(studio: Studio, link: str) -> dict[str, Any]:
-    """A story as the endpoints return it."""
-    project = studio.projects.find(link)
-    saved, page = project.read(), project.read_page()
-    sentences = page.get("sentences", []) if saved is None else list(saved.story.sentences)
-    return {
-        "story": project.link,
-        "sentences": sentences,
-        "seeds": [] if saved is None else list(saved.seeds),
-        "locked": page.get("locked", []),
-        "frames": [] if saved is None else [html.data_url(image) for image in saved.images],
-    }
-
-
-async def finished(job: Job) -> None:
-    """Wait for a job. Raises `UserError` with its error."""
-    while not job.done.is_set():
-        await asyncio.sleep(POLL_SECONDS)
-    if job.error:
-        raise UserError(job.error)
-
-
-def answering(function: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """An endpoint whose `UserError` is its answer's error, in the same words."""
-
-    @functools.wraps(function)
-    async def answer(*arguments: Any, **named: Any) -> Any:
-        try:
-            return await function(*arguments, **named)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-
-    return answer
-
-
-def add_endpoints(studio: Studio) -> None:
-    """Add `generate`, `regenerate`, `candidates`, `choose`, `replace`, `cancel` and `projects`."""
-
-    async def generate(
-        request: gr.Request,
-        sentences: list[str],
-        story: str = "",
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        storyflow: list[float] | None = None,
-        keep: list[int] | None = None,
-        images: dict[str, str] | None = None,
-        model: str = "",
-    ) -> dict:
-        """Generate a story, or the frames of one that are not kept."""
-        settings = Settings(seed, steps, guidance, storyflow)
-        link, job = studio.generate(
-            story,
-            sentences,
-            settings,
-            keep=keep,
-            images=images,
-            model=model,
-            client=client_of(request),
-        )
-        await finished(job)
-        return describe(studio, link)
-
-    async def regenerate(
-        request: gr.Request,
-        story: str,
-        frames: list[int],
-        seed: int = 0,
-        near: bool = False,
-        sentences: list[str] | None = None,
-    ) -> dict:
-        """Generate some frames of a story again; the others stay."""
-        settings = studio.settings(story, seed)
-        job = studio.regenerate(
-            story, frames, settings, sentences=sentences, near=near, client=client_of(request)
-        )
-        await finished(job)
-        return describe(studio, story)
-
-    async def candidates(
-        request: gr.Request, story: str, frames: list[int], count: int = 4, seed: int = 0
-    ) -> list:
-        """Generate versions of some frames, for `choose`."""
-        settings = studio.settings(story, seed)
-        job = studio.candidates(story, frames, count, settings, client=client_of(request))
-        await finished(job)
-        found = studio.projects.find(story).read_candidates()
-        return [[html.data_url(image) for image in version.images] for version in found]
-
-    async def choose(story: str, number: int) -> dict:
-        """Take one of the candidates into the story."""
-        studio.choose(story, number)
-        return describe(studio, story)
-
-    async def replace(story: str, frame: int, image: str) -> dict:
-        """Put one's own image, a data URL, in place of a frame."""
-        studio.replace(story, frame, image)
-        return describe(studio, story)
-
-    async def undo(story: str) -> dict:
-        """Take back the last change."""
-        studio.step(story, -1)
-        return describe(studio, story)
-
-    async def redo(story: str) -> dict:
-        """Make again what was taken back."""
-        studio.step(story, 1)
-        return describe(studio, story)
-
-    async def cancel(story: str) -> None:
-        """End the generation of a story."""
-        studio.cancel(story)
-
-    async def projects(stories: list[str]) -> list:
-        """The stories of some links."""
-        return [describe(studio, link) for link in stories]
-
-    for endpoint in (generate, regenerate, candidates, choose, replace, undo, redo, cancel):
-        gr.api(answering(endpoint), api_name=endpoint.__name__, concurrency_limit=None)
-    gr.api(answering(projects), api_name="projects", concurrency_limit=None)
 
 
 class Page:
@@ -177,7 +48,7 @@ class Page:
         with self.blocks:
             self._lay_out()
             self._connect()
-            add_endpoints(studio)
+            Endpoints(studio).add()
         self.blocks.queue(default_concurrency_limit=None)
 
     def _lay_out(self) -> None:
@@ -243,7 +114,8 @@ class Page:
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         self.generate.click(self.on_generate, form, view, **hidden)
         for component in (self.strip, self.candidates):
-            component.click(self.on_action, form, view, **hidden)
+            # Also while another action's answer is on its way, which is dropped otherwise.
+            component.click(self.on_action, form, view, trigger_mode="multiple", **hidden)
         self.undo.click(self.on_undo, form, [*view, self.text], **hidden)
         self.redo.click(self.on_redo, form, [*view, self.text], **hidden)
         self.cancel.click(self.on_cancel, self.link, None, queue=False, **hidden)
@@ -253,7 +125,9 @@ class Page:
         self.model.change(
             self.on_model, self.model, [self.about, self.steps, self.guidance], **hidden
         )
-        self.flow.click(self.on_flow, None, self.flow_values, queue=False, **hidden)
+        self.flow.click(
+            self.on_flow, None, self.flow_values, queue=False, trigger_mode="multiple", **hidden
+        )
         self.link.change(None, self.link, None, js=REMEMBER, **hidden)
         opened = [*view, self.text, self.steps, self.guidance, self.mine, *flow[:2]]
         self.blocks.load(self.on_load, [self.link, self.links], opened, js=RECALL, **hidden)

@@ -34,7 +34,7 @@ from contextualstory_jax.utils.atomic import (
     finish_replacing,
     write_json,
 )
-from contextualstory_jax.utils.errors import UserError, require
+from contextualstory_jax.utils.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 TEMPORARY = re.compile(r"\.(.+)\.\d+")  # of `atomic_path`, after a kill
@@ -96,7 +96,8 @@ class Project:
         """Undo with -1, redo with 1. Raises `UserError` where there is nothing to."""
         with self.lock:
             number = self._neighbour(by)
-            require(number is not None, f"there is nothing to {'undo' if by < 0 else 'redo'}")
+            if number is None:
+                raise UserError(f"there is nothing to {'undo' if by < 0 else 'redo'}")
             self._put(number)
             shutil.rmtree(self._candidates, ignore_errors=True)
 

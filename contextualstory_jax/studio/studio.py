@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
-import math
 import shutil
-import tempfile
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
-
-from contextualstory_jax.config.model_config import SamplingConfig, UNetConfig
-from contextualstory_jax.data.images import read_image
 from contextualstory_jax.data.vocabulary import warnings
 from contextualstory_jax.sampling.arguments import (
     SEEDS,
@@ -24,50 +15,32 @@ from contextualstory_jax.sampling.arguments import (
     check_integer,
     check_stories,
     read_frames,
-    read_sampling,
 )
 from contextualstory_jax.sampling.export_formats import FORMATS, check_formats
-from contextualstory_jax.sampling.pretrained import SHIPPED
-from contextualstory_jax.sampling.prompts import (
-    OVERLAP,
-    Kept,
-    Story,
-    check_sentence,
-    check_story,
-    fit_image,
-)
+from contextualstory_jax.sampling.prompts import OVERLAP, Kept, Story, fit_image
 from contextualstory_jax.sampling.sample import Generated
 from contextualstory_jax.sampling.saved_story import SavedStory
 from contextualstory_jax.sampling.windows import unclear_starts
+from contextualstory_jax.studio.frames import (
+    arranged,
+    checkpoint_path,
+    generated_story,
+    sources_of,
+)
+from contextualstory_jax.studio.inputs import (
+    Settings,
+    decode_image,
+    read_frame,
+    read_own_images,
+    read_story,
+    read_storyflow,
+)
 from contextualstory_jax.studio.projects import Project, Projects
-from contextualstory_jax.studio.worker import BATCH, Job, Model, Worker
+from contextualstory_jax.studio.worker import Job, Model, Worker
 from contextualstory_jax.utils.errors import UserError, brief, require
 
-MOST_STEPS = 250
 MOST_CANDIDATES = 8
-MOST_BYTES = 20 * 2**20  # of an upload
 EXPORTS = ("png", *FORMATS, "json")
-
-
-class Settings(NamedTuple):
-    """Everything that a client may choose beside the sentences; None: the model's own."""
-
-    seed: Any = 0
-    steps: Any = None
-    guidance: Any = None
-    storyflow: Any = None  # a list, one number from each frame to the next
-
-    def sampling(self, model: Model) -> SamplingConfig:
-        """Steps and scales. Raises `UserError` for values out of range."""
-        if self.steps is not None:
-            check_integer("steps", self.steps, 1, MOST_STEPS)
-        if self.guidance is not None:
-            number = isinstance(self.guidance, int | float) and 0 <= self.guidance <= 100
-            require(number, f"guidance must be a number in 0..100; got {brief(self.guidance)}")
-        scale = None if self.guidance is None else float(self.guidance)
-        return read_sampling(
-            model.config, None, num_inference_steps=self.steps, guidance_scale=scale
-        )
 
 
 class Studio:
@@ -113,42 +86,32 @@ class Studio:
             UserError: For input that is not right; nothing is changed then.
         """
         chosen = self.model(model)
-        story = _story(sentences)
-        own = _own_images(images, len(story.sentences))
+        story = read_story(sentences)
+        own = read_own_images(images, len(story.sentences))
         project = self.projects.find(link) if link else None
         saved = None if project is None else self._idle(project).read()
-        sources = _sources(() if saved is None else saved.story.sentences, story.sentences)
+        sources = sources_of(() if saved is None else saved.story.sentences, story.sentences)
         size = (chosen.config.height, chosen.config.width)
         if keep is None:
             locked = [] if project is None else project.read_page().get("locked", [])
             keep = [i for i, source in enumerate(sources) if source in locked]
-        require(isinstance(keep, list | tuple), f"keep must be a list of frames; got {brief(keep)}")
-        kept_frames = {_frame("keep", i, len(sources)) for i in keep}
-        kept_frames = {i for i in kept_frames if sources[i] is not None}
-        if saved is not None and kept_frames:
+        require(isinstance(keep, list), f"keep must be a list of frames; got {brief(keep)}")
+        numbers = {read_frame("keep", i, len(sources)) for i in keep}
+        kept = {i for i in numbers if sources[i] is not None} | own.keys()
+        if saved is not None and kept - own.keys():
             size = saved.images.shape[1:3]
-        base = _arranged(saved, story, sources, size, own)
+        base = arranged(saved, story, sources, size, own)
         if chosen.config.unet.is_continuation:
             require(0 in own or sources[0] == 0, "give a first frame, which the story continues")
             base = dataclasses.replace(base, story=story._replace(first_frame=base.images[0]))
-            kept_frames |= {0}
-        kept_frames |= own.keys()
-        require(
-            len(kept_frames) < len(sources),
-            f"all {len(sources)} frames are kept; leave one to generate",
-        )
+            kept |= {0}
+        frames = [i for i in range(len(sources)) if i not in kept]
+        require(len(frames) > 0, f"all {len(kept)} frames are kept; leave one to generate")
         project = project or self.projects.create()
         page = {"sentences": list(story.sentences), "model": chosen.name, **settings._asdict()}
-        page["locked"] = sorted(i for i in kept_frames if i not in own or i in keep)
-        frames = [i for i in range(len(sources)) if i not in kept_frames]
+        page["locked"] = sorted(kept)
         job = self._job(project, chosen, base, frames, [settings.seed], settings, client)
-        project.write_page(**page)
-        try:
-            self._submit(project, job)
-        except UserError:
-            if not link:
-                shutil.rmtree(project.folder)
-            raise
+        self._submit(project, job, page)
         return project.link, job
 
     def regenerate(
@@ -216,7 +179,7 @@ class Studio:
         """Put one's own image in place of a frame. Raises `UserError` for what is no image."""
         project, saved, _ = self._open(link, None)
         count = len(saved.seeds)
-        _frame("frame", frame, count)
+        read_frame("frame", frame, count)
         images = saved.images.copy()
         images[frame] = fit_image(decode_image(image), *images.shape[1:3])
         seeds = tuple(None if i == frame else seed for i, seed in enumerate(saved.seeds))
@@ -327,7 +290,7 @@ class Studio:
             raise UserError("the story has no frames yet; generate it first")
         model = self.model(str(project.read_page().get("model", "")))
         if sentences is not None:
-            story = _story(sentences)._replace(first_frame=saved.story.first_frame)
+            story = read_story(sentences)._replace(first_frame=saved.story.first_frame)
             require(
                 len(story.sentences) == len(saved.seeds),
                 f"{len(story.sentences)} sentences for {len(saved.seeds)} frames; "
@@ -353,7 +316,7 @@ class Studio:
             check_integer("seed", seed, *SEEDS)
         keep = tuple(i not in frames for i in range(len(saved.seeds)))
         sampling = settings.sampling(model)
-        flow = _storyflow(settings.storyflow, model.config.unet, len(keep))
+        flow = read_storyflow(settings.storyflow, model.config.unet, len(keep))
         options: dict[str, Any] = {
             "sampling": sampling,
             "size": tuple(saved.images.shape[1:3]),
@@ -362,13 +325,13 @@ class Studio:
             "window_overlap": OVERLAP,
         }
         check_stories([saved.story], model.config.unet, options["size"])
-        same_model = saved.checkpoint.get("path") == _path(model)
+        same_model = saved.checkpoint.get("path") == checkpoint_path(model)
         latents = saved.latents if same_model else None
         kept = Kept(saved.images, latents, keep) if any(keep) else None
 
         def finish(generated: Generated) -> None:
             stories = [
-                _saved(model, saved, keep, seed, options, *one)
+                generated_story(model, saved, keep, seed, options, *one)
                 for seed, *one in zip(seeds, *generated, strict=True)
             ]
             if to_choose:
@@ -378,147 +341,15 @@ class Studio:
 
         return Job(model, saved.story, seeds, kept, options, finish, client)
 
-    def _submit(self, project: Project, job: Job) -> None:
-        self.worker.submit(job)
-        self._jobs[project.link] = job
-
-
-def _story(sentences: Any) -> Story:
-    """A story of text lines. Raises `UserError` for too few, too many or too long ones."""
-    require(isinstance(sentences, list | tuple), "sentences must be a list of strings")
-    story = Story(tuple(check_sentence(sentence, "sentences") for sentence in sentences))
-    check_story(story)
-    return story
-
-
-def _sources(old: Sequence[str], new: Sequence[str]) -> list[int | None]:
-    """For each new sentence the frame that it had; a changed one has the frame in its place."""
-    left = list(range(len(old)))
-    found: list[int | None] = []
-    for sentence in new:
-        same = next((i for i in left if old[i] == sentence), None)
-        found.append(same)
-        if same is not None:
-            left.remove(same)
-    if len(old) == len(new):
-        return [i if source is None and i in left else source for i, source in enumerate(found)]
-    return found
-
-
-def _arranged(
-    saved: SavedStory | None,
-    story: Story,
-    sources: Sequence[int | None],
-    size: tuple[int, int],
-    own: Mapping[int, np.ndarray],
-) -> SavedStory:
-    """A story with the frames that its sentences had, black ones where they had none."""
-    images = np.zeros((len(sources), *size, 3), np.uint8)
-    latents = None
-    if saved is not None and saved.images.shape[1:3] == size:
-        if saved.latents is not None and not own:
-            latents = np.zeros((len(sources), *saved.latents.shape[1:]), np.float32)
-        for i, source in enumerate(sources):
-            if source is not None:
-                images[i] = saved.images[source]
-                if latents is not None and saved.latents is not None:
-                    latents[i] = saved.latents[source]
-    seeds = [None if i is None or saved is None else saved.seeds[i] for i in sources]
-    for i, image in own.items():
-        images[i], seeds[i] = fit_image(image, *size), None
-    checkpoint = {} if saved is None else saved.checkpoint
-    return SavedStory(story, images, latents, tuple(seeds), checkpoint, {})
-
-
-def _storyflow(values: Any, unet: UNetConfig, count: int) -> tuple[float, ...] | None:
-    """StoryFlow values of a window, or of each transition of a longer story."""
-    if values is None or count == 1:
-        return None
-    require(unet.use_motion_condition, "this model has no StoryFlow Adapter; leave storyflow out")
-    listed = values if isinstance(values, list | tuple) else ()
-    require(
-        len(listed) == count - 1
-        and all(isinstance(value, int | float) and 0 <= value < math.inf for value in listed),
-        f"storyflow must be {count - 1} finite numbers, one from each frame to the next, at least "
-        f"0; got {brief(values)}",
-    )
-    padding = max(unet.n_frames - count, 0)  # transitions to frames that are dropped
-    return (*map(float, listed), *[float(listed[-1])] * padding)
-
-
-def _path(model: Model) -> str | None:
-    return None if model.folder == SHIPPED else str(model.folder.absolute())
-
-
-def _saved(
-    model: Model,
-    old: SavedStory,
-    keep: Sequence[bool],
-    seed: int,
-    options: Mapping[str, Any],
-    images: np.ndarray,
-    latents: np.ndarray,
-) -> SavedStory:
-    """A generated story with all that `generate --from` needs to make it again."""
-    pipeline = model.pipeline
-    flow = options["storyflow"]
-    settings = dataclasses.asdict(options["sampling"]) | {
-        "negative_prompt": None,
-        "storyflow": pipeline.storyflow.tolist() if flow is None else list(flow),
-        "frameinit": None,
-        "camera_motion": None,
-        "window_overlap": options["window_overlap"],
-        "height": options["size"][0],
-        "width": options["size"][1],
-        "dtype": "float32",
-        "initial_latents": None,
-        "kept": [i for i, kept in enumerate(keep) if kept],
-        "shared_noise_seed": options["shared_noise_seed"],
-        "batch_size": BATCH,
-        "device": jax.local_devices()[0].device_kind,
-        "seed": seed,
-    }
-    checkpoint = {"path": _path(model), "step": pipeline.step, "weights": pipeline.weights}
-    seeds = tuple(old if stays else seed for old, stays in zip(old.seeds, keep, strict=True))
-    return SavedStory(old.story, images, latents, seeds, checkpoint, settings)
-
-
-def _own_images(images: Any, count: int) -> dict[int, np.ndarray]:
-    """One's own images by the frames that they are to be."""
-    require(images is None or isinstance(images, dict), "images must be an object of data URLs")
-    numbers = {str(i): i for i in range(count)}  # JSON's keys are strings
-    return {
-        _frame("images", numbers.get(str(name), name), count): decode_image(data)
-        for name, data in (images or {}).items()
-    }
-
-
-def _frame(name: str, number: Any, count: int) -> int:
-    """The number of one of `count` frames. Raises `UserError` for anything else."""
-    require(
-        type(number) is int and 0 <= number < count,
-        f"{name}: no frame {brief(number)}; they are numbered from 0 to {count - 1}",
-    )
-    return number
-
-
-def decode_image(data: Any) -> np.ndarray:
-    """An image from base64 or a data URL, decoded as `--first-frame` is.
-
-    Raises:
-        UserError: It is too large, or no image.
-    """
-    require(isinstance(data, str), "an image must be base64 text or a data URL")
-    encoded = data.rpartition(",")[2]
-    require(len(encoded) * 3 // 4 <= MOST_BYTES, "the image has over 20 MB; scale it down")
-    try:
-        content = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError("the image is not base64; send it as a data URL") from error
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "upload"
-        path.write_bytes(content)
+    def _submit(self, project: Project, job: Job, page: Mapping[str, Any] | None = None) -> None:
+        """Put a job into the queue; its page is saved first, so that a kill loses no sentence."""
+        new = not project.folder.exists()
+        if page is not None:
+            project.write_page(**page)
         try:
-            return np.asarray(read_image(path))
-        except UserError as error:
-            raise UserError(str(error).replace(str(path), "the upload")) from error
+            self.worker.submit(job)
+        except UserError:
+            if new:
+                shutil.rmtree(project.folder)
+            raise
+        self._jobs[project.link] = job

@@ -93,7 +93,7 @@ def changed(page, before: list[str]) -> list[bool]:
         if len(after) == len(before) and after != before:
             return [a != b for a, b in zip(after, before, strict=True)]
         page.wait_for_timeout(100)
-    raise AssertionError("no frame has changed")
+    raise AssertionError("no frame has changed; " + page.locator("#status").inner_text())
 
 
 def test_a_story_is_written_changed_exported_and_opened_again(page, address, tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from contextualstory_jax import StoryPipeline, generate
+from contextualstory_jax.studio.inputs import Settings
 from contextualstory_jax.studio.projects import Projects
-from contextualstory_jax.studio.studio import Settings
 from contextualstory_jax.utils.errors import UserError
 from tests.studio.conftest import SENTENCES
 
@@ -119,6 +119,15 @@ def test_a_cancelled_story_stays_as_it_was(studio):
     assert job.done.wait(60) and job.error == "cancelled"
     np.testing.assert_array_equal(studio.projects.find(link).read().images, before.images)
     made(studio, link=link)
+
+
+def test_a_story_that_finds_the_queue_full_leaves_nothing(studio, monkeypatch):
+    monkeypatch.setattr("contextualstory_jax.studio.worker.MOST_WAITING", 0)
+
+    with pytest.raises(UserError, match="the queue is full"):
+        studio.generate("", SENTENCES, SETTINGS)
+
+    assert not list(studio.projects.all())
 
 
 def test_the_page_is_kept_before_the_first_frame_is_there(studio, worker):
