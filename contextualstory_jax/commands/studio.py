@@ -13,7 +13,7 @@ PRINTED_LINKS = 20
 PASSWORD = "CONTEXTUALSTORY_PASSWORD"  # so that it need not stand among the processes
 
 
-def parse(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """The command's arguments."""
     parser = ArgumentParser(
         prog=prog,

@@ -20,14 +20,15 @@ TEMPLATE = str.maketrans({c: f"&#{ord(c)};" for c in "${}`\\"})
 
 CSS = """
 .story ol { display: flex; flex-wrap: wrap; gap: 12px; list-style: none; margin: 0; padding: 0; }
-.story li { width: 172px; max-width: 100%; }
+.story li { width: 162px; max-width: 100%; }
 .story figure { margin: 0; }
-.story img { width: 172px; max-width: 100%; display: block; border-radius: 6px; }
+.story img { width: 162px; max-width: 100%; display: block; border-radius: 6px; }
 .story img.small { image-rendering: pixelated; }
 .story figcaption { font-size: 14px; line-height: 1.35; margin: 6px 0; overflow-wrap: anywhere; }
 .story .actions { display: flex; flex-wrap: wrap; gap: 6px; font-size: 13px; align-items: center; }
 .story .actions label { display: inline-flex; gap: 4px; align-items: center; }
-.story button, .story .file { border: 1px solid #6b7280; border-radius: 4px; padding: 3px 8px;
+.story .actions :is(button, .file) { font-weight: 500; line-height: 1.4;
+  border: 1px solid #6b7280; border-radius: 4px; padding: 3px 8px;
   cursor: pointer; font-size: 13px; background: transparent; color: inherit; }
 .story .file input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 .story :is(button, a, input, summary):focus-visible, .story .file:focus-within {
@@ -40,6 +41,9 @@ CSS = """
 .story .flow input { flex: 1; min-width: 80px; }
 .story .flow span { min-width: 52px; }
 .dark .story .error { color: #fca5a5; }
+#generate { background: #c2410c; }
+footer .show-api { color: #4b5563 !important; }
+.dark footer .show-api { color: #d1d5db !important; }
 """
 
 # Buttons and inputs send their action and frame, files as data URLs.

@@ -27,7 +27,7 @@ from contextualstory_jax.config.config_files import load_config
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 # Commands of others: a shell's, Git's and a cloud's.
-FOREIGN = {"gcloud", "git", "printf", "python3.11"}
+FOREIGN = {"curl", "gcloud", "git", "printf", "python3.11"}
 
 
 def blocks(page: Path) -> Iterator[str]:

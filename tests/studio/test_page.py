@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -143,6 +144,22 @@ def test_a_story_is_written_changed_exported_and_opened_again(page, address, tmp
     assert frames(page) == last
     assert page.get_by_label("Lock frame 5", exact=True).is_checked()
     assert page.get_by_label("Sentences").input_value().splitlines()[4] == SCRIPT
+
+
+def test_axe_finds_no_serious_violation(page):
+    import axe_playwright_python
+
+    write(page, SENTENCES[:2])
+    generate(page)
+    page.locator("#strip img").nth(1).wait_for(timeout=WAIT)
+    page.get_by_text("StoryFlow:").click()
+    page.get_by_text("My stories").click()
+    page.locator("#flow input").wait_for()
+
+    page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text())
+    found = page.evaluate("async () => (await axe.run()).violations")
+
+    assert [v for v in found if v["impact"] in ("serious", "critical")] == []
 
 
 def test_the_keyboard_is_enough_and_a_phone_wide_enough(page):
