@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow heavy cuda jax lint types docs clean
+.PHONY: help venv demo test slow heavy studio-load cuda jax lint types docs clean
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # The first of these that is there, runs and is supported; another: make PYTHON=/path/to/python
@@ -13,7 +13,7 @@ VENV := $(BIN)python
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
 
 venv: .venv/installed-test ## make .venv with the package and what its tests need
 
@@ -32,6 +32,10 @@ slow: .venv/installed-test ## run the long tests that need nothing more installe
 
 heavy: .venv/installed-test ## run the heaviest tests, before a release (an hour, 16 GB of memory)
 	$(VENV) -m pytest -m "heavy and not torch"
+
+STUDIO_LOAD ?= --clients 20 --seconds 120 --kills 20
+studio-load: .venv/installed-test ## load the studio with clients and kill it (minutes)
+	$(VENV) scripts/studio_load.py $(STUDIO_LOAD)
 
 cuda: .venv/installed-test,gpu ## compile for GPUs that are not there (several GB of packages)
 	$(VENV) -m pytest -m cuda_aot

@@ -106,6 +106,7 @@ class Client(threading.Thread):
         elif self.number == 3:
             with httpx.Client(timeout=WAIT) as client:  # closed at once
                 client.post(f"{self.base}/generate", json=values)
+            time.sleep(1)
         else:
             self.change(values)
 

@@ -18,9 +18,8 @@ POLL_SECONDS = 0.2
 
 
 def client_of(request: gr.Request) -> str:
-    """Whose requests are limited together."""
-    host = request.client.host if request.client else ""
-    return f"{host} {request.session_hash or ''}"
+    """The address whose requests are limited together: sessions cost a client nothing."""
+    return request.client.host if request.client else ""
 
 
 def describe(studio: Studio, link: str) -> dict[str, Any]:

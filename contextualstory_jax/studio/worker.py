@@ -34,7 +34,7 @@ from contextualstory_jax.utils.errors import UserError, require
 
 BATCH = 4  # stories
 MOST_WAITING = 64  # jobs
-MOST_OF_CLIENT = 4  # jobs of one client that wait or are generated
+MOST_OF_CLIENT = 24  # jobs of one address that wait or are generated
 PREVIEW_SECONDS = 0.5  # between two previews, at least
 PREVIEW_SHARE = 5  # seconds of generation for each second of preview, at least
 

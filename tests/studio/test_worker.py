@@ -175,7 +175,7 @@ def test_a_story_that_cannot_be_saved_says_why(worker, model):
 def test_the_queue_is_bounded(worker, model, held, monkeypatch):
     for _ in range(module.MOST_OF_CLIENT):
         worker.submit(job(model, client="a"))
-    with pytest.raises(UserError, match="you have 4 stories waiting"):
+    with pytest.raises(UserError, match=f"you have {module.MOST_OF_CLIENT} stories waiting"):
         worker.submit(job(model, client="a"))
     worker.submit(job(model, client="b"))
 
