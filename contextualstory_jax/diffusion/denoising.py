@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Num
+from jaxtyping import Array, Bool, Float, Float64, Int, Key, Num
 
 from contextualstory_jax.config.model_config import SamplingConfig, SchedulerConfig
 from contextualstory_jax.diffusion.noise_schedules import signal_and_sigma
@@ -102,6 +102,41 @@ def padded(sampler: Sampler) -> Sampler:
     return dataclasses.replace(
         sampler, timesteps=timesteps, coefficients=coefficients, levels=levels
     )
+
+
+def level_steps(config: SchedulerConfig, sampler: Sampler) -> Float64[np.ndarray, "n 2"]:
+    """Factors of clean latents and of noise in a solver's latents before each step and at the end.
+
+    Args:
+        config: the schedule.
+        sampler: not a `padded` one.
+    """
+    levels = signal_and_sigma(config, sampler.timesteps)
+    # The network sees signal and noise at those levels, a solver perhaps multiples of them.
+    ones = np.ones((len(levels), 1, 1, 1, 1, 1))
+    scale = np.asarray(jax.vmap(sampler.scale_input)(ones, sampler.coefficients))
+    return np.append(levels / scale.reshape(-1, 1), [[1.0, 0.0]], axis=0)
+
+
+def clean_estimate(
+    before: Latents, after: Latents, levels: Float64[np.ndarray, "2 2"]
+) -> Latents | None:
+    """The clean latents that a step went towards; None where it did not lower the noise.
+
+    A step of DDIM, Euler and DPM-Solver++ lies on the line from the noise to the network's
+    prediction of them; it is close to that of other solvers, fresh noise aside.
+
+    Args:
+        before: latents before the step.
+        after: latents after it, where frames that are kept are the same.
+        levels: two rows of `level_steps`.
+    """
+    (signal, sigma), (next_signal, next_sigma) = levels
+    share = next_signal * sigma - signal * next_sigma
+    if share <= 0:
+        return None
+    clean = (sigma / share) * after - (next_sigma / share) * before
+    return jnp.where(before == after, after, clean)
 
 
 def initial_state(sampler: Sampler, latents: Latents) -> State:

@@ -316,10 +316,14 @@ class StoryPipeline:
         black = np.zeros((*size, 3), np.uint8) if unet.is_continuation else None
         return [Story([""] * unet.n_frames, first_frame=black)] * count
 
-    def preview(self, latents: Float32[jax.Array, "b f p q c"]) -> UInt8[np.ndarray, "b f h w 3"]:
-        """Images of latents that a callback receives, with the noise that is still in them."""
-        scale = jnp.maximum(latents.std(), 1)  # of some solvers the first ones are far larger
-        return np.asarray(self._programs.decode(self.params, None, latents / scale)[0])
+    def preview(self, latents: Float32[jax.Array, "b g p q c"]) -> UInt8[np.ndarray, "b g h w 3"]:
+        """Images of latents that a callback receives, or of what they are to become."""
+        if not self.model.config.unet.is_continuation:
+            return np.asarray(self._programs.decode(self.params, None, self._place(latents))[0])
+        # In place of the first frame, which callbacks do not receive: one program serves both.
+        first = jnp.zeros_like(latents[:, :1])
+        arguments = self._place(first), self._place(latents)
+        return np.asarray(self._programs.decode(self.params, *arguments)[0])[:, 1:]
 
     def draw_batches(
         self, stories: Sequence[Story], *, window_overlap: int = OVERLAP, **options: Any

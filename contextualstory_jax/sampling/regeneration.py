@@ -72,7 +72,7 @@ def regenerate(
     if images.ndim == 4:
         options = {"size": images.shape[1:3], **options}
     if near:
-        options["shared_noise_seed"] = _seed_of([story.seeds[i] for i in again])
+        options["shared_noise_seed"] = seed_of([story.seeds[i] for i in again])
     kept = [Kept(images, story.latents, keep)] if any(keep) else None
     generated = draw([asked], kept=kept, seed=seed, **options)
     if isinstance(story, SavedStory):
@@ -84,7 +84,7 @@ def regenerate(
     )
 
 
-def _seed_of(seeds: list[int | None]) -> int:
+def seed_of(seeds: list[int | None]) -> int:
     """The seed that frames to stay near to were generated from."""
     seed = seeds[0]
     if seed is None:

@@ -14,6 +14,17 @@ from contextualstory_jax.sampling.prompts import Story, fit_image
 from contextualstory_jax.sampling.saved_story import SavedStory
 from contextualstory_jax.studio.worker import BATCH, Model
 
+MOVES = ("earlier", "later", "remove")  # of a frame among the others
+
+
+def order_after(move: str, frame: int, count: int) -> list[int]:
+    """Numbers of `count` frames after one of them was moved or removed."""
+    others = [i for i in range(count) if i != frame]
+    if move == "remove":
+        return others
+    place = min(max(frame + (1 if move == "later" else -1), 0), count - 1)
+    return [*others[:place], frame, *others[place:]]
+
 
 def sources_of(old: Sequence[str], new: Sequence[str]) -> list[int | None]:
     """For each new sentence the frame that it had; a changed one has the frame in its place."""
@@ -54,6 +65,58 @@ def arranged(
     return SavedStory(story, images, latents, tuple(seeds), checkpoint, {})
 
 
+def moved_context(
+    context: Mapping[int, str],
+    old: Sequence[str],
+    new: Sequence[str],
+    sources: Sequence[int | None],
+) -> dict[int, str]:
+    """Words of a story's context, by the numbers of the sentences that are the same."""
+    return {
+        i: context[source]
+        for i, source in enumerate(sources)
+        if source is not None and source in context and old[source] == new[i]
+    }
+
+
+def moved_storyflow(values: Sequence[float], order: Sequence[int]) -> list[float]:
+    """Values of the transitions into frames that are in another order."""
+    return [values[max(frame - 1, 0)] for frame in order[1:]]
+
+
+def by_hand(saved: SavedStory, **changes: Any) -> SavedStory:
+    """A story with changes that no generation made; all of its frames are kept ones."""
+    changed = dataclasses.replace(saved, **changes)
+    kept = {"kept": list(range(len(changed.seeds))), "initial_latents": None}
+    return dataclasses.replace(changed, settings={**changed.settings, **kept})
+
+
+def reordered(saved: SavedStory, order: Sequence[int], frames: int) -> SavedStory:
+    """A story with its frames in another order, of which some may be left out.
+
+    Args:
+        saved: the story.
+        order: frame numbers of it.
+        frames: the model's, at once.
+    """
+    old, story = saved.story.sentences, saved.story
+    new = [old[i] for i in order]
+    settings, flow = dict(saved.settings), saved.settings.get("storyflow")
+    if isinstance(flow, list) and len(flow) > frames - 1:  # one of each transition
+        settings["storyflow"] = moved_storyflow(flow, order) if len(order) > frames else None
+    chosen = np.asarray(order)
+    return by_hand(
+        saved,
+        story=story._replace(
+            sentences=tuple(new), context=moved_context(story.context, old, new, order)
+        ),
+        images=saved.images[chosen],
+        latents=None if saved.latents is None else saved.latents[chosen],
+        seeds=tuple(saved.seeds[i] for i in order),
+        settings=settings,
+    )
+
+
 def generated_story(
     model: Model,
     old: SavedStory,
@@ -67,7 +130,7 @@ def generated_story(
     pipeline = model.pipeline
     flow = options["storyflow"]
     settings = dataclasses.asdict(options["sampling"]) | {
-        "negative_prompt": None,
+        "negative_prompt": options["negative_prompt"],
         "storyflow": pipeline.storyflow.tolist() if flow is None else list(flow),
         "frameinit": None,
         "camera_motion": None,

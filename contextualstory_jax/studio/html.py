@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from contextualstory_jax.sampling.saved_story import SavedStory
+from contextualstory_jax.studio.server import MOST_BYTES
 from contextualstory_jax.studio.worker import Job
 
 LARGE = 384  # pixels; larger frames are sent as JPEG of at most that size
@@ -37,6 +38,10 @@ CSS = """
 .story progress { width: 100%; }
 .story .preview { display: flex; flex-wrap: wrap; gap: 4px; }
 .story .preview img { width: 72px; }
+.story .context { font-size: 14px; }
+.story .context label { display: block; margin: 6px 0; }
+.story .context input { width: 100%; border: 1px solid #6b7280; border-radius: 4px;
+  padding: 4px 8px; background: transparent; color: inherit; }
 .story .flow label { display: flex; gap: 8px; align-items: center; font-size: 14px; }
 .story .flow input { flex: 1; min-width: 80px; }
 .story .flow span { min-width: 52px; }
@@ -46,8 +51,11 @@ footer .show-api { color: #4b5563 !important; }
 .dark footer .show-api { color: #d1d5db !important; }
 """
 
-# Buttons and inputs send their action and frame, files as data URLs.
+# Buttons and inputs send their action and frame, files as data URLs. Of a file that is too large
+# a little too much is sent, so that the server says so.
 JS = """
+const most = MOST_BYTES;
+const all = (kind, value) => [...element.querySelectorAll(`[type=${kind}]`)].map(value);
 const send = (target, data) => trigger('click', {
   action: target.dataset.action, frame: Number(target.dataset.frame), data});
 element.addEventListener('click', event => {
@@ -58,15 +66,15 @@ element.addEventListener('change', event => {
   const target = event.target.closest('input[data-action]');
   if (!target) return;
   if (target.type === 'checkbox') return send(target, target.checked);
-  if (target.type === 'range')
-    return send(target, [...element.querySelectorAll('[type=range]')].map(x => Number(x.value)));
+  if (target.type === 'range') return send(target, all('range', x => Number(x.value)));
+  if (target.type === 'text') return send(target, all('text', x => [x.dataset.frame, x.value]));
   const file = target.files[0];
   if (!file) return;
   const reader = new FileReader();
   reader.onload = () => send(target, reader.result);
-  reader.readAsDataURL(file);
+  reader.readAsDataURL(file.slice(0, most + 3));
 });
-"""
+""".replace("MOST_BYTES", str(MOST_BYTES))
 
 
 def escape(text: str) -> str:
@@ -105,22 +113,39 @@ def strip(saved: SavedStory | None, locked: Iterable[int]) -> str:
     """The frames of a story with captions and what can be done with each."""
     if saved is None:
         return "<p>Write a sentence for each frame, then generate.</p>"
-    kept = set(locked)
-    items = []
-    for i, (image, sentence) in enumerate(zip(saved.images, saved.story.sentences, strict=True)):
-        number, checked = f"frame {i + 1}", " checked" if i in kept else ""
-        items.append(
-            f"<li><figure>{_img(image, sentence)}<figcaption>{escape(sentence)}</figcaption>"
-            '</figure><div class="actions">'
-            f'<label><input type="checkbox" data-action="lock" data-frame="{i}"{checked} '
-            f'aria-label="Lock {number}"> Lock</label>'
-            + _button("regenerate", i, "Regenerate", f"Regenerate {number}")
-            + _button("candidates", i, "Candidates", f"Candidates for {number}")
-            + f'<label class="file">Replace<input type="file" accept="image/*" '
-            f'data-action="replace" data-frame="{i}" '
-            f'aria-label="Replace {number} by an image of your own"></label></div></li>'
-        )
+    kept, sentences = set(locked), saved.story.sentences
+    given = saved.story.first_frame is not None  # a continuation's, which stays the first
+    items = [
+        f"<li><figure>{_img(image, sentence)}<figcaption>{escape(sentence)}</figcaption>"
+        f'</figure><div class="actions">{_actions(i, len(sentences), given, i in kept)}</div></li>'
+        for i, (image, sentence) in enumerate(zip(saved.images, sentences, strict=True))
+    ]
     return f"<ol>{''.join(items)}</ol>"
+
+
+def _actions(i: int, count: int, given: bool, kept: bool) -> str:
+    """Buttons and inputs of one of `count` frames; `given`: the first is a continuation's."""
+    number, checked = f"frame {i + 1}", " checked" if kept else ""
+    replace = (
+        f'<label class="file">Replace<input type="file" accept="image/*" data-action="replace" '
+        f'data-frame="{i}" aria-label="Replace {number} by an image of your own"></label>'
+    )
+    if given and i == 0:
+        return replace
+    parts = [
+        f'<label><input type="checkbox" data-action="lock" data-frame="{i}"{checked} '
+        f'aria-label="Lock {number}"> Lock</label>',
+        _button("regenerate", i, "Regenerate", f"Regenerate {number}"),
+        _button("candidates", i, "Candidates", f"Candidates for {number}"),
+        replace,
+    ]
+    if i > given:
+        parts.append(_button("earlier", i, "&larr;", f"Move {number} earlier"))
+    if i < count - 1:
+        parts.append(_button("later", i, "&rarr;", f"Move {number} later"))
+    if count > 1:
+        parts.append(_button("remove", i, "Remove", f"Remove {number}"))
+    return "".join(parts)
 
 
 def candidates(stories: Sequence[SavedStory]) -> str:
@@ -164,8 +189,27 @@ def notes(lines: Iterable[str]) -> str:
     return f"<ol>{items}</ol>" if items else ""
 
 
+def context(sentences: Sequence[str], numbers: Iterable[int], words: Mapping[str, str]) -> str:
+    """A line for each sentence that a window begins with, of what the model is to read there."""
+    rows = []
+    for i in sorted({*numbers, *map(int, words)} & {*range(len(sentences))}):
+        rows.append(
+            f"<label>For sentence {i + 1}, which begins a window, the model reads"
+            f'<input type="text" data-action="context" data-frame="{i}" maxlength="1000" '
+            f'placeholder="{escape(sentences[i])}" value="{escape(words.get(str(i), ""))}"></label>'
+        )
+    return f'<div class="context">{"".join(rows)}</div>' if rows else ""
+
+
 def flow(values: Sequence[float], most: float) -> str:
-    """A slider for each transition, from calm to cut."""
+    """A slider for each transition, from calm to cut.
+
+    Args:
+        values: of each transition.
+        most: the value of a cut; 0 for a model without StoryFlow.
+    """
+    if most <= 0:
+        return "<p>This model has no StoryFlow Adapter.</p>"
     rows = []
     for i, value in enumerate(values):
         name = f"{i + 1} to {i + 2}"

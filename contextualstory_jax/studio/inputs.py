@@ -13,13 +13,14 @@ import numpy as np
 
 from contextualstory_jax.config.model_config import SamplingConfig, UNetConfig
 from contextualstory_jax.data.images import read_image
+from contextualstory_jax.sampling import prompts
 from contextualstory_jax.sampling.arguments import check_integer, read_sampling
-from contextualstory_jax.sampling.prompts import Story, check_sentence, check_story
+from contextualstory_jax.sampling.prompts import MOST_CHARACTERS, Story, check_sentence, check_story
+from contextualstory_jax.studio.server import MOST_BYTES, TOO_LARGE
 from contextualstory_jax.studio.worker import Model
 from contextualstory_jax.utils.errors import UserError, brief, require
 
 MOST_STEPS = 250
-MOST_BYTES = 20 * 2**20  # of an upload
 
 
 class Settings(NamedTuple):
@@ -30,8 +31,12 @@ class Settings(NamedTuple):
     guidance: Any = None
     storyflow: Any = None  # a list, one number from each frame to the next
 
-    def sampling(self, model: Model) -> SamplingConfig:
-        """Steps and scales. Raises `UserError` for values out of range."""
+    def sampling(self, model: Model, base: SamplingConfig | None) -> SamplingConfig:
+        """Steps and scales, all else of `base`, by default the model's.
+
+        Raises:
+            UserError: For values out of range.
+        """
         if self.steps is not None:
             check_integer("steps", self.steps, 1, MOST_STEPS)
         if self.guidance is not None:
@@ -39,7 +44,7 @@ class Settings(NamedTuple):
             require(number, f"guidance must be a number in 0..100; got {brief(self.guidance)}")
         scale = None if self.guidance is None else float(self.guidance)
         return read_sampling(
-            model.config, None, num_inference_steps=self.steps, guidance_scale=scale
+            model.config, base, num_inference_steps=self.steps, guidance_scale=scale
         )
 
 
@@ -49,6 +54,21 @@ def read_story(sentences: Any) -> Story:
     story = Story(tuple(check_sentence(sentence, "sentences") for sentence in sentences))
     check_story(story)
     return story
+
+
+def read_context(context: Any, count: int) -> dict[int, str]:
+    """The words that the model reads for some sentences where a window begins with them.
+
+    Raises:
+        UserError: For anything but an object of such words by sentence numbers.
+    """
+    words = prompts.read_context(context, count, "context")
+    for i, text in words.items():
+        require(
+            len(text) <= MOST_CHARACTERS,
+            f"context of sentence {i} has {len(text)} characters; write at most {MOST_CHARACTERS}",
+        )
+    return words
 
 
 def read_storyflow(values: Any, unet: UNetConfig, count: int) -> tuple[float, ...] | None:
@@ -94,7 +114,7 @@ def decode_image(data: Any) -> np.ndarray:
     """
     require(isinstance(data, str), "an image must be base64 text or a data URL")
     encoded = data.rpartition(",")[2]
-    require(len(encoded) * 3 // 4 <= MOST_BYTES, "the image has over 20 MB; scale it down")
+    require(len(encoded) * 3 // 4 <= MOST_BYTES, TOO_LARGE)
     try:
         content = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError) as error:

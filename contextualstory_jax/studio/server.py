@@ -19,8 +19,9 @@ from contextualstory_jax.utils.errors import UserError, require
 if TYPE_CHECKING:
     from contextualstory_jax.studio.studio import Studio
 
-MOST_BYTES = 20 * 2**20  # of a request
-TOO_LARGE = "a request may have 20 MB; send a smaller image"
+MOST_BYTES = 20 * 2**20  # of an upload
+MOST_OF_BODY = MOST_BYTES * 7 // 5  # of a request, which may hold an upload as base64
+TOO_LARGE = "an upload may have 20 MB; scale the image down"
 INSTALL = "the studio needs Gradio: pip install 'contextualstory-jax[studio]'"
 # Routes of Gradio that the studio does without: other sites' files, and those of developers.
 CLOSED = re.compile(
@@ -87,7 +88,7 @@ class Guard:
         if not self._knows(headers.get("authorization", b"")):
             challenge = {"WWW-Authenticate": 'Basic realm="studio", charset="UTF-8"'}
             return 401, "log in with the studio's password, and any user name", challenge
-        if int_of(headers.get("content-length", b"0")) > MOST_BYTES:
+        if int_of(headers.get("content-length", b"0")) > MOST_OF_BODY:
             return 413, TOO_LARGE, {}
         if CLOSED.match(path):
             return 404, "there is nothing here", {}
@@ -123,11 +124,11 @@ class Guard:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if size > MOST_BYTES else message
+            return {"type": "http.disconnect"} if size > MOST_OF_BODY else message
 
         async def with_headers(message: Message) -> None:
             nonlocal started
-            if size > MOST_BYTES:
+            if size > MOST_OF_BODY:
                 return  # the app may say anything about half a body
             if message["type"] == "http.response.start":
                 started = True
@@ -140,9 +141,9 @@ class Guard:
         try:
             await self.app(scope, counted, with_headers)
         except Exception:
-            if size <= MOST_BYTES:
+            if size <= MOST_OF_BODY:
                 raise
-        if size > MOST_BYTES and not started:
+        if size > MOST_OF_BODY and not started:
             await answer(send, 413, TOO_LARGE, {})
 
 

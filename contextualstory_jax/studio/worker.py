@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from contextualstory_jax.checkpoints.layout import read_model
+from contextualstory_jax.checkpoints.layout import newest, read_model
+from contextualstory_jax.checkpoints.manager import Checkpoints
 from contextualstory_jax.data.vocabulary import read_vocabulary
-from contextualstory_jax.diffusion.denoising import make_sampler
+from contextualstory_jax.diffusion.denoising import clean_estimate, level_steps, make_sampler
+from contextualstory_jax.diffusion.solvers.sampler import Sampler
 from contextualstory_jax.sampling.model_summary import about
 from contextualstory_jax.sampling.pipeline import StoryPipeline
 from contextualstory_jax.sampling.pretrained import SHIPPED, find_checkpoint
@@ -57,10 +59,13 @@ class Model:
         """The model with weights. Raises `UserError` where they cannot be read."""
         return StoryPipeline.load(self.folder)
 
-    @property
+    @functools.cached_property
     def storyflow(self) -> list[float]:
-        """The mean of the training stories, where nothing else is chosen."""
-        return self.pipeline.storyflow.tolist()
+        """The mean of the training stories; none where the model has no StoryFlow Adapter."""
+        if not self.config.unet.use_motion_condition:
+            return []
+        with Checkpoints(self.folder) as checkpoints:  # the weights may be large, and wait
+            return [*newest(checkpoints)[1]["storyflow"]]
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,7 +80,7 @@ class Job:
     finish: Callable[[Generated], object]  # called by the worker's thread
     client: Hashable = None
     step: int = 0
-    preview: UInt8[np.ndarray, "f h w 3"] | None = None  # of the first story, not yet denoised
+    preview: UInt8[np.ndarray, "f h w 3"] | None = None  # of the first story
     error: str = ""
     cancelled: bool = False
     done: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -89,14 +94,19 @@ class Job:
         return self.model.folder, len(self.story.sentences), options
 
     @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The solver."""
+        config = self.model.config
+        return make_sampler(config.scheduler, self.options["sampling"], config.kept_frames)
+
+    @functools.cached_property
     def steps(self) -> int:
         """Calls of the network for all stories."""
         config, count = self.model.config, len(self.story.sentences)
-        sampler = make_sampler(config.scheduler, self.options["sampling"], config.kept_frames)
         length, kept = config.unet.n_frames, self.kept.keep if self.kept else (False,) * count
         found = windows(count, length, self.options["window_overlap"])
         needed = [w for w in found if not all(kept[w.start : w.start + length])]
-        return len(sampler.timesteps) * len(needed) * -(-len(self.seeds) // BATCH)
+        return len(self.sampler.timesteps) * len(needed) * -(-len(self.seeds) // BATCH)
 
 
 Slot = tuple[Job, int]  # a story of a job
@@ -244,7 +254,9 @@ class _Watch:
 
     def __init__(self, batch: Sequence[Slot], jobs: Sequence[Job]):
         self.batch, self.jobs = batch, jobs
-        self.first = {job: number for job, number in reversed(batch)}
+        self.first = {job: number for number, (job, _) in reversed([*enumerate(batch)])}
+        self.levels = level_steps(jobs[0].model.config.scheduler, jobs[0].sampler)
+        self.latents: Any = None  # after the step before
         self.next_preview = 0.0
 
     def __call__(self, pipeline: StoryPipeline, step: int, time_: Any, tensors: dict) -> None:
@@ -253,12 +265,20 @@ class _Watch:
         if all(job.cancelled for job in self.jobs):
             pipeline.interrupt = True
             return
+        before, self.latents = self.latents, tensors["latents"]
         start = time.monotonic()
-        if start < self.next_preview:
+        last = len(self.levels) - 2  # after which the result follows at once
+        if step in (0, last) or start < self.next_preview:
             return
-        images = pipeline.preview(tensors["latents"])
-        for i, (job, number) in enumerate(self.batch):
-            if number == self.first[job]:
-                job.preview = images[i]
+        levels = self.levels[step : step + 2]
+        if self.jobs[0].sampler.stochastic:  # whose steps end in fresh noise
+            shown = self.latents / np.hypot(*levels[1])
+        else:
+            shown = clean_estimate(before, self.latents, levels)
+        if shown is None:
+            return
+        images = pipeline.preview(shown)
+        for job, number in self.first.items():
+            job.preview = images[number, : len(job.story.sentences)]
         now = time.monotonic()
         self.next_preview = now + max(PREVIEW_SECONDS, PREVIEW_SHARE * (now - start))

@@ -16,8 +16,10 @@ from contextualstory_jax.diffusion.denoising import (
     KeptFrames,
     Sampler,
     State,
+    clean_estimate,
     denoise,
     initial_state,
+    level_steps,
     make_sampler,
     padded,
 )
@@ -269,6 +271,39 @@ def test_the_network_sees_kept_frames_at_its_timesteps_noise_level(name, kept_fr
     latents = steps_with(sampler, initial_state(sampler, start), 0, count, kept).latents
     np.testing.assert_array_equal(latents[keep], kept.clean[keep])
     assert np.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m", "lms", "unipc"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_two_latents_tell_the_clean_ones_that_the_network_predicted(name, zero_snr):
+    config = SchedulerConfig(
+        timestep_spacing="trailing", prediction_type="sample", rescale_betas_zero_snr=zero_snr
+    )
+    sampler = solver(name, config, 5)
+    levels, clean = level_steps(config, sampler), normal(1)
+    before = normal(0) * sampler.init_noise_sigma
+    state = initial_state(sampler, before)
+    for step in range(5):
+        bounds = step, step + 1
+        state = denoise(sampler, lambda x, t: clean, state, KEYS, *bounds)
+        if step > 0:
+            found = clean_estimate(before, state.latents, levels[step : step + 2])
+            np.testing.assert_allclose(found, clean, atol=2e-3)
+            assert np.abs(state.latents - clean).max() > 0.1 or step == 4
+        before = state.latents
+
+
+def test_kept_frames_are_clean_in_the_estimate_too():
+    levels = np.array([[0.6, 0.8], [0.8, 0.6]])
+    kept, others = normal(0)[:, :1], normal(1)[:, 1:]
+    before = jnp.concatenate([kept, 0.6 * others + 0.8], 1)
+    after = jnp.concatenate([kept, 0.8 * others + 0.6], 1)
+
+    found = clean_estimate(before, after, levels)
+
+    np.testing.assert_array_equal(found[:, :1], kept)
+    np.testing.assert_allclose(found[:, 1:], others, atol=1e-5)
+    assert clean_estimate(before, after, levels[[1, 1]]) is None  # as in steps of pndm
 
 
 def _remember(x, prediction, coefficients, memory, noise):

@@ -12,12 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from contextualstory_jax.sampling.export_formats import FORMATS
+
 if TYPE_CHECKING:
     from contextualstory_jax.studio.projects import Projects
     from contextualstory_jax.studio.studio import Studio
     from contextualstory_jax.studio.worker import Model, Worker
 
 SENTENCES = ["Mia sits.", "Otto comes.", "They wave.", "Mia naps.", "Otto leaves."]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_gif() -> Iterator[None]:
+    """Animations of a few bytes: their palettes take half the time in which a story is saved."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(FORMATS, "gif", ("story.gif", lambda images, captions: b"GIF89a"))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +44,28 @@ def worker() -> Iterator[Worker]:
     worker = Worker()
     yield worker
     worker.close()
+
+
+@pytest.fixture(scope="module")
+def shared_studio(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    """A studio for tests that leave its stories as they are, or make their own."""
+    from contextualstory_jax.studio.projects import Projects
+    from contextualstory_jax.studio.studio import Studio
+    from contextualstory_jax.studio.worker import Worker
+
+    worker = Worker()
+    yield Studio([model], Projects(tmp_path_factory.mktemp("projects")), worker)
+    worker.close()
+
+
+@pytest.fixture(scope="module")
+def link(shared_studio: Studio) -> str:
+    """A story of five frames, of seed 3, which no test changes."""
+    from contextualstory_jax.studio.inputs import Settings
+
+    link, job = shared_studio.generate("", SENTENCES, Settings(3, 2))
+    assert job.done.wait(60) and not job.error, job.error
+    return link
 
 
 @pytest.fixture

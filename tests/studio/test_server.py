@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import socket
 import sys
 
@@ -21,17 +22,6 @@ HOST, PASSWORD = "127.0.0.1:7860", "se:cret é"
 
 def basic(password: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"me:{password}".encode()).decode()}
-
-
-@pytest.fixture(scope="module")
-def shared_studio(model, tmp_path_factory):
-    from contextualstory_jax.studio.projects import Projects
-    from contextualstory_jax.studio.studio import Studio
-    from contextualstory_jax.studio.worker import Worker
-
-    worker = Worker()
-    yield Studio([model], Projects(tmp_path_factory.mktemp("projects")), worker)
-    worker.close()
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +136,7 @@ def test_our_own_page_is_not_refused(client, headers):
 
 
 def test_a_body_over_20_mb_is_refused(client):
-    large = b"x" * (server.MOST_BYTES + 1)
+    large = b"x" * (server.MOST_OF_BODY + 1)
 
     declared = client.post("/gradio_api/upload", content=large)
     streamed = client.post("/gradio_api/call/projects", content=iter([large[:100], large]))
@@ -186,25 +176,35 @@ def test_the_key_of_the_links_is_not_served(client, shared_studio):
     assert client.get(f"/gradio_api/file={key}").status_code in (403, 404)
 
 
-@pytest.mark.parametrize("link", ["../other~x", "..~", "%2e%2e~x", "/etc/passwd", "x~y", "a\0~b"])
-def test_links_that_are_made_up_are_refused_by_all_endpoints(client, link):
-    for name, values in {
-        "generate": {"sentences": SENTENCES, "story": link},
-        "regenerate": {"story": link, "frames": [0]},
-        "candidates": {"story": link, "frames": [0]},
-        "choose": {"story": link, "number": 0},
-        "replace": {"story": link, "frame": 0, "image": "x"},
-        "undo": {"story": link},
-        "cancel": {"story": link},
-        "projects": {"stories": [link]},
-        "export": {"link": link, "format": "pdf"},
-    }.items():
-        assert "no story with this link" in refusal(client, name, **values), name
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("generate", {"sentences": SENTENCES}),
+        ("regenerate", {"frames": [0]}),
+        ("candidates", {"frames": [0]}),
+        ("choose", {"number": 0}),
+        ("replace", {"frame": 0, "image": "x"}),
+        ("arrange", {"frames": [0]}),
+        ("undo", {}),
+        ("cancel", {}),
+        ("projects", None),
+        ("export", {"format": "pdf"}),
+    ],
+)
+def test_links_that_are_made_up_are_refused_by_all_endpoints(client, name, values):
+    link = "../other~x"
+    values = {"stories": [link]} if values is None else {**values, "story": link}
+    if name == "export":
+        values["link"] = values.pop("story")
+
+    assert "no story with this link" in refusal(client, name, **values)
 
 
 def test_a_story_goes_through_all_endpoints(client, image_url):
-    story = answer(client, "generate", sentences=SENTENCES, seed=3, steps=2)
+    context = {"3": "Mia sleeps."}
+    story = answer(client, "generate", sentences=SENTENCES, seed=3, steps=2, context=context)
     link = story["story"]
+    assert story["context"] == context
     assert story["sentences"] == SENTENCES and story["seeds"] == [3] * 5
     assert all(frame.startswith("data:image/png;base64,") for frame in story["frames"])
 
@@ -219,6 +219,8 @@ def test_a_story_goes_through_all_endpoints(client, image_url):
     assert answer(client, "choose", story=link, number=1)["seeds"] == [8, 4, 3, 3, 3]
     assert answer(client, "replace", story=link, frame=4, image=image_url)["locked"] == [4]
     assert answer(client, "projects", stories=[link])[0]["seeds"] == [8, 4, 3, 3, None]
+    arranged = answer(client, "arrange", story=link, frames=[0, 3, 4])
+    assert arranged["seeds"] == [8, 3, None] and arranged["context"] == {"1": "Mia sleeps."}
     (file,) = answer(client, "export", link=link, format="pdf")["value"]
     assert client.get(file["url"].removeprefix(f"http://{HOST}")).content.startswith(b"%PDF")
 
@@ -247,6 +249,7 @@ def test_script_in_sentences_is_text(client, shared_studio):
         ({"keep": [7]}, "keep: no frame 7; they are numbered from 0 to 4"),
         ({"images": {"0": "eA=="}}, "the upload is not an image"),
         ({"model": "x"}, "model must be one of"),
+        ({"context": {"5": "x"}}, "context: context of '5', which is no sentence's number"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(client, values, message):
@@ -255,9 +258,39 @@ def test_bad_input_is_answered_in_one_line(client, values, message):
     assert line.startswith(message) and "\n" not in line
 
 
-def test_an_upload_is_not_fetched_from_elsewhere(client):
-    link = answer(client, "generate", sentences=SENTENCES, seed=3, steps=2)["story"]
+@pytest.mark.parametrize(
+    "name, values, message",
+    [
+        ("candidates", {"frames": [0], "count": 0}, "candidates must be at least 1; got 0"),
+        ("candidates", {"frames": [0], "count": 9}, "candidates must be an integer in 1..8; got 9"),
+        ("regenerate", {"frames": [7]}, "frames[0] must be an integer in 0..4; got 7"),
+        ("regenerate", {"frames": [0], "seed": -1}, "seed must be an integer in 0..4294967295"),
+        ("replace", {"frame": 5, "image": ""}, "frame: no frame 5; they are numbered from 0 to 4"),
+        ("arrange", {"frames": [0, 0]}, "frames: one is named twice"),
+        ("choose", {"number": 0}, "there are no candidates; generate some"),
+        ("undo", {}, "there is nothing to undo"),
+    ],
+)
+def test_changes_that_are_none_are_answered_in_one_line(client, link, name, values, message):
+    line = refusal(client, name, story=link, **values)
 
+    assert line.startswith(message) and "\n" not in line
+
+
+def test_a_story_of_a_newer_format_is_answered_in_one_line(client, link, shared_studio):
+    projects = shared_studio.projects
+    folder = projects.folder / "newer"
+    shutil.copytree(projects.find(link).folder, folder)
+    path = folder / "story.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    (newer,) = [project.link for project in projects.all() if project.folder == folder]
+
+    assert "in format 99, and this version reads up to 1; update" in refusal(
+        client, "projects", stories=[newer]
+    )
+
+
+def test_an_upload_is_not_fetched_from_elsewhere(client, link):
     for image in ("http://127.0.0.1:1/x.png", "file:///etc/passwd", "/etc/passwd"):
         assert "base64" in refusal(client, "replace", story=link, frame=0, image=image)
 

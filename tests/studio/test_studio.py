@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from contextualstory_jax import StoryPipeline, generate
+from contextualstory_jax.sampling.export_formats import FORMATS, gif
+from contextualstory_jax.sampling.saved_story import SavedStory
+from contextualstory_jax.studio.forms import Draft, locked_frames, notes
 from contextualstory_jax.studio.inputs import Settings
 from contextualstory_jax.studio.projects import Projects
+from contextualstory_jax.studio.worker import Model
 from contextualstory_jax.utils.errors import UserError
 from tests.studio.conftest import SENTENCES
 
@@ -90,6 +96,8 @@ def test_an_image_of_ones_own_is_kept(studio, image_url):
     assert saved.seeds[1] is None and (saved.images[1] == (200, 10, 10)).all()
     _, after = made(studio, link=link, settings=Settings(5, 2))
     assert (after.images[1] == (200, 10, 10)).all() and after.seeds == (5, None, 5, 5, 5)
+    with pytest.raises(UserError, match="one's own has no noise to stay near to"):
+        studio.regenerate(link, [1], SETTINGS, near=True)
     studio.step(link, -1)
     studio.step(link, -1)
     assert studio.projects.find(link).read().seeds == (3,) * 5
@@ -97,7 +105,8 @@ def test_an_image_of_ones_own_is_kept(studio, image_url):
 
 def test_one_of_the_candidates_is_taken(studio):
     link, before = made(studio)
-    job = studio.candidates(link, [2], 3, Settings(10, 2))
+    edited = [*SENTENCES[:2], "They run.", *SENTENCES[3:]]
+    job = studio.candidates(link, [2], 3, Settings(10, 2), sentences=edited)
     assert done(studio, link, job).seeds == before.seeds  # nothing is taken yet
     found = studio.projects.find(link).read_candidates()
     assert [story.seeds[2] for story in found] == [10, 11, 12]
@@ -106,6 +115,7 @@ def test_one_of_the_candidates_is_taken(studio):
 
     after = studio.projects.find(link).read()
     np.testing.assert_array_equal(after.images, found[1].images)
+    assert list(after.story.sentences) == edited
     assert not studio.projects.find(link).read_candidates()
 
 
@@ -140,23 +150,169 @@ def test_the_page_is_kept_before_the_first_frame_is_there(studio, worker):
     worker.cancel(job)
 
 
-@pytest.mark.parametrize("kind", ["png", "strip", "pdf", "gif", "json"])
-def test_exports_are_the_files_of_generate(studio, tmp_path, kind):
-    link, saved = made(studio)
+@pytest.mark.parametrize("kind", ["png", "strip", "pdf", "gif"])
+def test_exports_are_the_files_of_generate(shared_studio, link, tmp_path, kind, monkeypatch):
+    monkeypatch.setitem(FORMATS, "gif", ("story.gif", gif))  # not the quick one
+    files = shared_studio.export(link, kind, tmp_path / "export")
 
-    files = studio.export(link, kind, tmp_path / "export")
-
-    assert [path.stat().st_size > 0 for path in files] == [True] * (5 if kind == "png" else 1)
-    if kind == "json":
-        assert json.loads(files[0].read_text())["seeds"] == list(saved.seeds)
+    assert [path.stat().st_size > 500 for path in files] == [True] * (5 if kind == "png" else 1)
 
 
-def test_warnings_name_pronouns_at_the_beginning_of_a_window(studio, model):
-    sentences = [*SENTENCES[:3], "They nap.", *SENTENCES]
+def test_an_exported_json_and_its_files_generate_the_same_bytes(
+    shared_studio, link, loaded, tmp_path
+):
+    studio, sentences = shared_studio, ["Mia runs.", *SENTENCES[1:]]
+    copy, _ = made(studio, sentences=sentences)
+    after = done(studio, copy, studio.regenerate(copy, [2], Settings(8, 2)))
 
-    assert studio.notes(sentences, model) == [
-        "sentence 4 begins a window: name who 'They' is",
+    files = studio.export(copy, "json", tmp_path / "export")
+
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    for path in files:
+        shutil.copy(path, folder / path.name)
+    generate.main(["--from", str(folder), "--out", str(tmp_path / "out")])
+    again = SavedStory.read(tmp_path / "out" / "story")
+    assert files[0].name == "story.json"
+    np.testing.assert_array_equal(again.images, after.images)
+    np.testing.assert_array_equal(again.latents, after.latents)
+
+
+TWO_WINDOWS = [*SENTENCES[:3], "They nap.", *SENTENCES[:4]]  # the second begins there
+
+
+def test_context_is_what_a_window_reads_and_follows_its_sentence(studio, loaded):
+    assert [studio_notes(TWO_WINDOWS, context, studio) for context in ({}, {"3": "x"})] == [
+        ["sentence 4 begins a window: say below who 'They' is"],
+        [],
     ]
+    link, plain = made(studio, sentences=TWO_WINDOWS)
+    _, after = made(studio, link=link, sentences=TWO_WINDOWS, context={"3": "Mia and Otto nap."})
+    assert after.story.context == {3: "Mia and Otto nap."}
+    np.testing.assert_array_equal(after.images[:5], plain.images[:5])  # the first window's
+    assert (after.images[5] != plain.images[5]).any()
+
+    # Also a frame alone, and the command line, read it; a sentence that is another forgets it.
+    folder = studio.projects.find(link).folder
+    generate.main(["--from", str(folder)])
+    np.testing.assert_array_equal(studio.projects.find(link).read().images, after.images)
+    job = studio.regenerate(link, [5], Settings(3, 2), context={})
+    assert done(studio, link, job).story.context == {}
+    studio.step(link, -1)
+    assert studio.form(studio.projects.find(link)).draft.context == {"3": "Mia and Otto nap."}
+    _, moved = made(studio, link=link, sentences=["New.", *TWO_WINDOWS])
+    assert moved.story.context == {4: "Mia and Otto nap."}
+    _, edited = made(studio, link=link, sentences=[*TWO_WINDOWS[:3], "They sit.", "New.", "New."])
+    assert edited.story.context == {}
+
+
+def studio_notes(sentences, context, studio):
+    return notes(Draft(sentences, None, context), studio.model(""))
+
+
+def test_frames_are_moved_and_removed_with_all_that_is_theirs(studio, tmp_path):
+    flow = [1.0, 2.0, 3.0, 4.0]
+    link, before = made(studio, settings=Settings(3, 2, None, flow), context={"3": "Mia sleeps."})
+    studio.lock(link, 3, True)
+
+    studio.move(link, 3, "earlier")
+    studio.move(link, 0, "remove")
+    studio.move(link, 0, "earlier")  # where it is already
+
+    project, order = studio.projects.find(link), [1, 3, 2, 4]
+    after, form = project.read(), studio.form(project)
+    np.testing.assert_array_equal(after.images, before.images[order])
+    np.testing.assert_array_equal(after.latents, before.latents[order])
+    assert form.draft.sentences == [SENTENCES[i] for i in order] == list(after.story.sentences)
+    assert after.story.context == {1: "Mia sleeps."} and form.draft.context == {"1": "Mia sleeps."}
+    assert locked_frames(project) == [1] and form.draft.storyflow == [3.0, 2.0, 4.0]
+    with pytest.raises(UserError, match="all 4 frames are kept"):  # nothing is left to generate
+        generate.main(["--from", str(project.folder), "--out", str(tmp_path / "out")])
+
+    for _ in range(3):
+        studio.step(link, -1)
+    np.testing.assert_array_equal(project.read().images, before.images)
+    assert locked_frames(project) == [3]
+
+
+@pytest.mark.parametrize("frames", [[], [0, 0], [5], "01", [True], None])
+def test_orders_that_are_none_are_refused(shared_studio, link, frames):
+    with pytest.raises(UserError, match="frames"):
+        shared_studio.arrange(link, frames)
+
+
+@pytest.fixture
+def continuation(studio, tiny_continuation_checkpoint):
+    """A second model of the studio."""
+    model = Model(str(tiny_continuation_checkpoint))
+    studio.models[model.name] = model
+    return model
+
+
+def test_a_continuation_needs_a_first_frame(studio, continuation, model):
+    with pytest.raises(UserError, match="give a first frame"):
+        studio.generate("", SENTENCES, SETTINGS, model=continuation.name)
+
+    assert not list(studio.projects.all())
+    assert "continuation" in continuation.about and continuation.storyflow == [5.0] * 4
+    assert studio.model("") is model and studio.model(continuation.name) is continuation
+
+
+@pytest.mark.slow  # compiles the second model
+def test_several_models_one_of_them_for_continuation(studio, continuation, model, image_url):
+    link, first = made(studio, images={"0": image_url}, model=continuation.name)
+    assert (first.images[0] == (200, 10, 10)).all() and first.seeds == (None, 3, 3, 3, 3)
+    with pytest.raises(UserError, match=r"frames\[0\] must be an integer in 1..4; got 0"):
+        studio.regenerate(link, [0], SETTINGS)
+    with pytest.raises(UserError, match="leave it the first"):
+        studio.move(link, 0, "later")
+    job = studio.regenerate(link, [2], Settings(4, 2))  # with the model that it is of
+    after = done(studio, link, job)
+    assert job.model is continuation and after.seeds == (None, 3, 4, 3, 3)
+    studio.move(link, 1, "later")
+
+    # The frames are kept by the other model too, which encodes them.
+    _, other = made(studio, link=link, sentences=list(SENTENCES), keep=[0], model=model.name)
+    np.testing.assert_array_equal(other.images[0], first.images[0])
+    assert other.checkpoint["path"] == str(model.folder) and other.story.first_frame is None
+    project = studio.projects.find(link)
+    assert studio.model_of(project, other) is model
+    assert any("another model" in line for line in notes(Draft(), continuation, other))
+
+
+def test_a_story_of_generate_opens_with_its_own_settings(studio, loaded, tmp_path, model):
+    command = ["--sentence", *SENTENCES[:3], "--out", str(studio.projects.folder), "--seed", "6"]
+    command += ["--steps", "3", "--guidance-scale", "1.5", "--storyflow", "1,2,3,4"]
+    command += ["--guidance-rescale", "0.3", "--negative-prompt", "dark", "--frame-at", "1"]
+    Image.new("RGB", (16, 16)).save(tmp_path / "own.png")
+    generate.main([*command, str(tmp_path / "own.png"), "--checkpoint", model.name])
+    (project,) = studio.projects.all()
+
+    form = studio.form(project)
+    assert (form.seed, form.steps, form.guidance, form.draft.storyflow) == (6, 3, 1.5, [1.0, 2.0])
+    assert form.draft.sentences == SENTENCES[:3] and locked_frames(project) == [1]
+    settings = studio.settings(project.link, 7)
+    after = done(studio, project.link, studio.regenerate(project.link, [2], settings))
+
+    assert after.seeds == (6, None, 7) and after.settings["guidance_rescale"] == 0.3
+    assert after.settings["negative_prompt"] == "dark" and after.settings["steps"] == 3
+
+
+def test_what_is_written_is_kept_before_it_is_generated(shared_studio):
+    studio = shared_studio
+    link, before = made(studio, sentences=["Zoe jumps.", *SENTENCES[1:]])
+    project, draft = studio.projects.find(link), Draft(["New.", "Newer."], [7.0], {"1": "x"})
+
+    studio.save_draft(link, draft)
+
+    assert studio.form(project).draft == draft
+    np.testing.assert_array_equal(project.read().images, before.images)
+    assert studio.settings(link, 3) == Settings(3, 2, None, None)  # those of the frames' number
+    mean = [5.0, 6.0]
+    assert draft.with_sentences(["Newer.", "A.", "B.", "C."], mean) == (
+        *(["Newer.", "A.", "B.", "C."], [7.0, 6.0, 6.0], {"0": "x"}),
+    )
+    assert draft.with_sentences(["New."], mean) == (["New."], None, {})
 
 
 LONG, MANY = ["a" * 10_000], ["a"] * 101
@@ -188,8 +344,10 @@ def test_sentences_are_refused_in_the_command_lines_words(studio, tmp_path, sent
     ],
     ids=["keep 7", "candidates 0", "keep all"],
 )
-def test_frames_are_refused_in_the_command_lines_words(studio, tmp_path, option, action):
-    link, _ = made(studio)
+def test_frames_are_refused_in_the_command_lines_words(
+    shared_studio, link, tmp_path, option, action
+):
+    studio = shared_studio
     folder = studio.projects.find(link).folder
     with pytest.raises(UserError) as of_command:
         generate.main(["--from", str(folder), "--out", str(tmp_path / "out"), *option])
@@ -200,9 +358,12 @@ def test_frames_are_refused_in_the_command_lines_words(studio, tmp_path, option,
     assert str(of_studio.value) in str(of_command.value)
 
 
-def test_a_story_of_a_newer_format_is_refused_in_the_command_lines_words(studio, tmp_path):
-    link, _ = made(studio)
-    path = studio.projects.find(link).folder / "story.json"
+def test_a_story_of_a_newer_format_is_refused_in_the_command_lines_words(
+    shared_studio, link, studio, tmp_path
+):
+    folder = shared_studio.projects.find(link).folder
+    shutil.copytree(folder, studio.projects.folder / "newer")
+    ((link, path),) = [(p.link, p.folder / "story.json") for p in studio.projects.all()]
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(UserError, match="format 99") as of_command:
         generate.main(["--from", str(path.parent), "--out", str(tmp_path / "out")])
@@ -234,7 +395,10 @@ def test_a_story_of_a_newer_format_is_refused_in_the_command_lines_words(studio,
         ({"images": {"9": "x"}}, "images: no frame '9'"),
         ({"images": {"0": "no base64"}}, "not base64"),
         ({"images": {"0": "bm8gaW1hZ2U="}}, "the upload is not an image"),
-        ({"images": {"0": "A" * (28 * 2**20)}}, "over 20 MB"),
+        ({"images": {"0": "A" * (27 * 2**20)}}, "an upload may have 20 MB"),
+        ({"context": {"9": "x"}}, "context of '9', which is no sentence's number"),
+        ({"context": ["x"]}, "context: context is"),
+        ({"context": {"1": "a" * 1001}}, "context of sentence 1 has 1001 characters"),
     ],
 )
 def test_what_is_not_right_is_refused_and_leaves_nothing(studio, options, message):

@@ -25,6 +25,7 @@ def job(model, seeds=(0,), sentences=SENTENCES, kept=None, steps=2, finish=None,
         "sampling": read_sampling(model.config, None, num_inference_steps=steps),
         "size": (16, 16),
         "storyflow": None,
+        "negative_prompt": None,
         "shared_noise_seed": None,
         "window_overlap": 2,
     }
@@ -184,11 +185,20 @@ def test_the_queue_is_bounded(worker, model, held, monkeypatch):
         worker.submit(job(model, client="c"))
 
 
-def test_a_preview_is_an_image_of_the_story(worker, model, monkeypatch):
+def test_previews_change_no_byte_and_show_what_is_being_generated(worker, model, monkeypatch):
+    (without,) = run(worker, [job(model, steps=3)])
     monkeypatch.setattr(module, "PREVIEW_SECONDS", 0)
     monkeypatch.setattr(module, "PREVIEW_SHARE", 0)
-    one = job(model)
+    shown, preview = [], model.pipeline.preview
+    monkeypatch.setattr(model.pipeline, "preview", lambda x: shown.append(x) or preview(x))
+    one = job(model, sentences=SENTENCES[:3], steps=3)
 
-    (found,) = run(worker, [one])
+    short, again = run(worker, [one, job(model, steps=3)])
 
-    np.testing.assert_array_equal(one.preview, found.images[0])  # the last one is the result
+    np.testing.assert_array_equal(again.images, without.images)
+    np.testing.assert_array_equal(again.latents, without.latents)
+    assert len(shown) == 2  # of three steps each, neither the first nor the last
+    assert one.preview.shape == (3, 16, 16, 3)
+    # The prediction of clean latents, which is nearer to the result than noise is.
+    distance = np.abs(np.asarray(shown[0][0, :3]) - short.latents[0]).mean()
+    assert distance < 0.7 * np.abs(short.latents[0]).mean()
