@@ -1,4 +1,4 @@
-"""A studio with the tiny model, which all tests here share."""
+"""A studio whose model takes no time, and one of the tiny model for tests of its bytes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contextualstory_jax.sampling.export_formats import FORMATS
-
 if TYPE_CHECKING:
     from contextualstory_jax.studio.projects import Projects
     from contextualstory_jax.studio.studio import Studio
     from contextualstory_jax.studio.worker import Model, Worker
 
-SENTENCES = ["Mia sits.", "Otto comes.", "They wave.", "Mia naps.", "Otto leaves."]
-
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_gif() -> Iterator[None]:
     """Animations of a few bytes: their palettes take half the time in which a story is saved."""
+    from contextualstory_jax.sampling.export_formats import FORMATS
+
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(FORMATS, "gif", ("story.gif", lambda images, captions: b"GIF89a"))
         yield
@@ -37,6 +35,17 @@ def model(tiny_checkpoint: Path) -> Model:
     return Model(str(tiny_checkpoint))
 
 
+@pytest.fixture(scope="session")
+def quick_model(tiny_checkpoint: Path) -> Model:
+    """A model of which nothing is compiled."""
+    from contextualstory_jax.studio.worker import Model
+    from tests.helpers.studio import QuickPipeline
+
+    model = Model(str(tiny_checkpoint))
+    model.__dict__["pipeline"] = QuickPipeline()
+    return model
+
+
 @pytest.fixture
 def worker() -> Iterator[Worker]:
     from contextualstory_jax.studio.worker import Worker
@@ -47,25 +56,23 @@ def worker() -> Iterator[Worker]:
 
 
 @pytest.fixture(scope="module")
-def shared_studio(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+def shared_studio(quick_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     """A studio for tests that leave its stories as they are, or make their own."""
     from contextualstory_jax.studio.projects import Projects
     from contextualstory_jax.studio.studio import Studio
     from contextualstory_jax.studio.worker import Worker
 
     worker = Worker()
-    yield Studio([model], Projects(tmp_path_factory.mktemp("projects")), worker)
+    yield Studio([quick_model], Projects(tmp_path_factory.mktemp("projects")), worker)
     worker.close()
 
 
 @pytest.fixture(scope="module")
 def link(shared_studio: Studio) -> str:
     """A story of five frames, of seed 3, which no test changes."""
-    from contextualstory_jax.studio.inputs import Settings
+    from tests.helpers.studio import made
 
-    link, job = shared_studio.generate("", SENTENCES, Settings(3, 2))
-    assert job.done.wait(60) and not job.error, job.error
-    return link
+    return made(shared_studio)[0]
 
 
 @pytest.fixture
@@ -76,10 +83,10 @@ def projects(tmp_path: Path) -> Projects:
 
 
 @pytest.fixture
-def studio(model: Model, worker: Worker, projects: Projects) -> Studio:
+def studio(quick_model: Model, worker: Worker, projects: Projects) -> Studio:
     from contextualstory_jax.studio.studio import Studio
 
-    return Studio([model], projects, worker)
+    return Studio([quick_model], projects, worker)
 
 
 @pytest.fixture(scope="session")

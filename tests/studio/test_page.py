@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from contextualstory_jax.studio import server
-from tests.studio.conftest import SENTENCES
+from tests.helpers.studio import SENTENCES
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 SCRIPT = "Mia says <script>document.title = 'bad'</script> ${1+1} {{value}} <b>hi</b>."

@@ -13,9 +13,7 @@ import pytest
 from contextualstory_jax.commands import studio as command
 from contextualstory_jax.studio import server
 from contextualstory_jax.utils.errors import UserError
-from tests.studio.conftest import SENTENCES
-
-pytest.importorskip("gradio")
+from tests.helpers.studio import SENTENCES
 
 HOST, PASSWORD = "127.0.0.1:7860", "se:cret é"
 
