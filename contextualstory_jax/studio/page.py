@@ -36,8 +36,10 @@ REMEMBER = """link => {
 WRITE = """text => {
   if (!new URLSearchParams(location.search).get('story')) localStorage.setItem('sentences', text);
 }"""
+READ = """text => text || new URLSearchParams(location.search).get('story')
+  ? text : localStorage.getItem('sentences') || ''"""
 RECALL = """() => [new URLSearchParams(location.search).get('story') || '',
-  localStorage.getItem('sentences') || '', JSON.parse(localStorage.getItem('stories') || '[]')]"""
+  JSON.parse(localStorage.getItem('stories') || '[]')]"""
 
 
 class Values(NamedTuple):
@@ -155,8 +157,8 @@ class Page:
         for component, action in ((self.flow, self.on_flow), (self.context, self.on_context)):
             component.click(action, form, every, trigger_mode="multiple", **hidden)
         self.link.change(None, self.link, None, js=REMEMBER, **hidden)
-        opened = [self.link, self.text, self.links]
-        self.blocks.load(self.on_load, opened, every, js=RECALL, **hidden)
+        self.blocks.load(None, self.text, self.text, js=READ, **hidden)
+        self.blocks.load(self.on_load, [self.link, self.links], every, js=RECALL, **hidden)
 
     async def on_generate(self, request: gr.Request, *values: Any) -> AsyncIterator[Update]:
         """The button Generate."""
@@ -277,12 +279,11 @@ class Page:
         own = {self.steps: sampling.steps, self.guidance: sampling.guidance_scale}
         return own | self._of_model(model) | await self._drafted(form, draft, "model")
 
-    async def on_load(self, link: str, text: str, links: Any) -> AsyncIterator[Update]:
+    async def on_load(self, link: str, links: Any) -> AsyncIterator[Update]:
         """A page that is opened: the story of its address, and what is still being generated."""
         known = links if isinstance(links, list) else []
         yield {self.mine: html.stories(self.studio.titles(map(str, known)))}
         if not link:
-            yield {self.text: text, **self._shown(Draft(sentences_of(text)), self.first)}
             return
         try:
             yield await asyncio.to_thread(self._view, link, "", True)

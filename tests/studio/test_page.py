@@ -9,18 +9,30 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from contextualstory_jax.studio import server
+from contextualstory_jax.studio.studio import Studio
+from contextualstory_jax.studio.worker import Model
 from tests.helpers.studio import SENTENCES
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 SCRIPT = "Mia says <script>document.title = 'bad'</script> ${1+1} {{value}} <b>hi</b>."
 WAIT = 15_000  # milliseconds
 
+playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect
+
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH, nor in CHROMIUM"),
 ]
+
+
+@pytest.fixture
+def studio(model, tiny_continuation_checkpoint, worker, projects):
+    """A studio with the tiny models."""
+    return Studio([model, Model(str(tiny_continuation_checkpoint))], projects, worker)
 
 
 @pytest.fixture
@@ -51,10 +63,8 @@ def address(studio, monkeypatch):
 @pytest.fixture
 def page(address):
     """A page of a browser that asks nobody but the studio."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
@@ -127,8 +137,6 @@ def test_a_story_is_written_changed_exported_and_opened_again(page, address, tmp
 
     image = tmp_path / "own.png"
     third = frames(page)
-    from PIL import Image
-
     Image.new("RGB", (40, 30), (200, 10, 10)).save(image)
     page.get_by_label("Replace frame 5 by").set_input_files(image)
     assert changed(page, third) == [False, False, False, False, True]
@@ -146,12 +154,96 @@ def test_a_story_is_written_changed_exported_and_opened_again(page, address, tmp
     assert page.get_by_label("Sentences").input_value().splitlines()[4] == SCRIPT
 
 
-def test_axe_finds_no_serious_violation(page):
+def test_frames_and_what_belongs_to_them_are_moved_and_written(page):
+    sentences = [*SENTENCES[:3], "They nap.", *SENTENCES[:4]]  # the second window begins there
+    write(page, sentences)
+    page.get_by_label("Seed").focus()
+    page.get_by_text("sentence 4 begins a window: say below who 'They' is").wait_for(timeout=WAIT)
+    page.get_by_label("For sentence 4").fill("Mia and Otto nap.")
+    page.get_by_label("For sentence 4").press("Tab")
+    page.get_by_text("StoryFlow:").click()
+    slider = page.get_by_label("Scene change from frame 4 to 5")
+    slider.fill("9")
+    expect(page.get_by_text("begins a window: say below")).to_have_count(0)
+    generate(page)
+    page.locator("#strip img").nth(7).wait_for(timeout=WAIT)
+    before = frames(page)
+
+    page.get_by_role("button", name="Move frame 4 earlier").click()
+    expect(page.locator("#strip figcaption").nth(2)).to_have_text("They nap.")
+    assert frames(page)[2:4] == [before[3], before[2]]
+    page.get_by_role("button", name="Remove frame 1").click()
+    expect(page.locator("#strip img")).to_have_count(7)
+    text = page.get_by_label("Sentences")
+    moved = [sentences[i] for i in (1, 3, 2, 4, 5, 6, 7)]
+    expect(text).to_have_value("\n".join(moved))
+    expect(page.get_by_label("For sentence 2")).to_have_value("Mia and Otto nap.")
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator("#strip img")).to_have_count(8)
+
+    # A line more, all others locked: one frame is generated.
+    page.get_by_role("button", name="Redo").click()
+    expect(page.locator("#strip img")).to_have_count(7)
+    for number in range(1, 8):
+        page.get_by_label(f"Lock frame {number}", exact=True).check()
+    after = frames(page)
+    text.fill("\n".join([*moved, "Otto jumps."]))
+    generate(page)
+    page.locator("#strip img").nth(7).wait_for(timeout=WAIT)
+    assert frames(page)[:7] == after
+
+    text.fill("\n".join([*moved, "Written, and not generated."]))
+    page.get_by_label("Seed").focus()
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(text).to_have_value("\n".join([*moved, "Written, and not generated."]))
+
+
+def test_a_new_story_is_written_on_after_the_page_was_closed(page, address):
+    write(page, SENTENCES[:2])
+    page.goto("about:blank")
+    page.goto(address)
+
+    expect(page.get_by_label("Sentences")).to_have_value("\n".join(SENTENCES[:2]))
+
+
+def test_a_model_is_chosen_and_continues_from_a_frame(
+    studio, tiny_continuation_checkpoint, page, tmp_path
+):
+    assert not page.get_by_text("First frame").is_visible()
+    page.get_by_role("combobox", name="Model").click()
+    page.get_by_role("option", name=str(tiny_continuation_checkpoint)).click()
+    page.get_by_text("Which sentences the model knows").click()
+    page.get_by_text("A continuation model: 5 sentences").wait_for(timeout=WAIT)
+    write(page, SENTENCES)
+    generate(page)
+    page.get_by_text("give a first frame, which the story continues").wait_for(timeout=WAIT)
+
+    Image.new("RGB", (40, 30), (200, 10, 10)).save(tmp_path / "own.png")
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "own.png")
+    page.get_by_label("Remove Image").wait_for(timeout=WAIT)
+    generate(page)
+    page.locator("#strip img").nth(4).wait_for(timeout=4 * WAIT)  # it is compiled
+    assert page.get_by_role("button", name="Regenerate frame 1", exact=True).count() == 0
+    page.reload()
+    page.locator("#strip img").nth(4).wait_for(timeout=WAIT)
+    expect(page.get_by_role("combobox", name="Model")).to_have_value(
+        str(tiny_continuation_checkpoint)
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_serious_violation(page, scheme):
     import axe_playwright_python
 
-    write(page, SENTENCES[:2])
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
+    write(page, [*SENTENCES[:3], "They nap.", *SENTENCES[:4]])
     generate(page)
-    page.locator("#strip img").nth(1).wait_for(timeout=WAIT)
+    page.locator("#strip img").nth(7).wait_for(timeout=WAIT)
+    page.get_by_role("button", name="Candidates for frame 2").click()
+    page.get_by_role("button", name="Choose candidate 2").wait_for(timeout=WAIT)
+    page.get_by_label("For sentence 4").wait_for(timeout=WAIT)
     page.get_by_text("StoryFlow:").click()
     page.get_by_text("My stories").click()
     page.locator("#flow input").wait_for()
