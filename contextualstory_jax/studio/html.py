@@ -38,6 +38,7 @@ CSS = """
 .story progress { width: 100%; }
 .story .preview { display: flex; flex-wrap: wrap; gap: 4px; }
 .story .preview img { width: 72px; }
+#about pre { white-space: pre-wrap; font-size: 13px; }
 .story .context { font-size: 14px; }
 .story .context label { display: block; margin: 6px 0; }
 .story .context input { width: 100%; border: 1px solid #6b7280; border-radius: 4px;

@@ -104,7 +104,8 @@ class Page:
                 self.draft = gr.State([*Draft()])  # of the sentences as they were last
                 self.model = gr.Dropdown(names, value=names[0], label="Model")
                 with gr.Accordion("Which sentences the model knows", open=False):
-                    self.about = gr.HTML(f"<pre>{html.escape(self.first.about)}</pre>")
+                    about = f"<pre>{html.escape(self.first.about)}</pre>"
+                    self.about = gr.HTML(about, elem_id="about")
                 with gr.Row():
                     self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
                     self.cancel = gr.Button("Cancel", elem_id="cancel")

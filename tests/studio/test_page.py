@@ -18,10 +18,11 @@ from tests.helpers.studio import SENTENCES
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 SCRIPT = "Mia says <script>document.title = 'bad'</script> ${1+1} {{value}} <b>hi</b>."
-WAIT = 15_000  # milliseconds
+WAIT = 60_000  # milliseconds; of the first story it takes some to compile
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
+expect.set_options(timeout=WAIT)
 
 pytestmark = [
     pytest.mark.browser,
@@ -246,7 +247,7 @@ def test_axe_finds_no_serious_violation(page, scheme):
     page.get_by_label("For sentence 4").wait_for(timeout=WAIT)
     page.get_by_text("StoryFlow:").click()
     page.get_by_text("My stories").click()
-    page.locator("#flow input").wait_for()
+    page.locator("#flow input").first.wait_for()
 
     page.evaluate((Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text())
     found = page.evaluate("async () => (await axe.run()).violations")
