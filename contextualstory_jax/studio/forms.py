@@ -10,8 +10,10 @@ from contextualstory_jax.sampling.prompts import OVERLAP, Story
 from contextualstory_jax.sampling.saved_story import SavedStory
 from contextualstory_jax.sampling.windows import unclear_starts
 from contextualstory_jax.studio.frames import checkpoint_path, moved_context, sources_of
+from contextualstory_jax.studio.inputs import read_frame
 from contextualstory_jax.studio.projects import Project
 from contextualstory_jax.studio.worker import Model
+from contextualstory_jax.utils.errors import brief, require
 
 
 class Draft(NamedTuple):
@@ -82,6 +84,25 @@ def locked_frames(project: Project) -> list[int]:
     saved = None if "locked" in page else project.read()
     own = [i for i, seed in enumerate(saved.seeds) if seed is None] if saved else []
     return page.get("locked", own)
+
+
+def kept_frames(project: Project | None, sources: Sequence[int | None], keep: Any) -> set[int]:
+    """Frames that stay, of those that were there.
+
+    Args:
+        project: the story; None for a new one.
+        sources: the frame that each sentence had, if any.
+        keep: a list of their numbers now; None for those that are locked.
+
+    Raises:
+        UserError: For what is no such list.
+    """
+    if keep is None:
+        locked = [] if project is None else locked_frames(project)
+        return {i for i, source in enumerate(sources) if source is not None and source in locked}
+    require(isinstance(keep, list), f"keep must be a list of frames; got {brief(keep)}")
+    numbers = {read_frame("keep", i, len(sources)) for i in keep}
+    return {i for i in numbers if sources[i] is not None}
 
 
 def as_json(context: Mapping[int, str]) -> dict[str, str]:

@@ -47,6 +47,7 @@ CSS = """
 .story .flow input { flex: 1; min-width: 80px; }
 .story .flow span { min-width: 52px; }
 .dark .story .error { color: #fca5a5; }
+.dark .story a { color: #93c5fd; }
 #generate { background: #c2410c; }
 footer .show-api { color: #4b5563 !important; }
 .dark footer .show-api { color: #d1d5db !important; }

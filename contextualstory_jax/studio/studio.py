@@ -22,7 +22,14 @@ from contextualstory_jax.sampling.prompts import OVERLAP, Kept, Story, fit_image
 from contextualstory_jax.sampling.regeneration import seed_of
 from contextualstory_jax.sampling.sample import Generated
 from contextualstory_jax.sampling.saved_story import JSON, SavedStory
-from contextualstory_jax.studio.forms import Draft, Form, as_json, form_of, locked_frames
+from contextualstory_jax.studio.forms import (
+    Draft,
+    Form,
+    as_json,
+    form_of,
+    kept_frames,
+    locked_frames,
+)
 from contextualstory_jax.studio.frames import (
     arranged,
     by_hand,
@@ -45,7 +52,7 @@ from contextualstory_jax.studio.inputs import (
 )
 from contextualstory_jax.studio.projects import Project, Projects
 from contextualstory_jax.studio.worker import Job, Model, Worker
-from contextualstory_jax.utils.errors import UserError, brief, require
+from contextualstory_jax.utils.errors import UserError, require
 
 MOST_CANDIDATES = 8
 EXPORTS = ("png", *FORMATS, "json")
@@ -110,12 +117,7 @@ class Studio:
             words = read_context(context, len(sources))
         story = story._replace(context=words, id=before.id)
         size = (chosen.config.height, chosen.config.width)
-        if keep is None:
-            locked = [] if project is None else locked_frames(project)
-            keep = [i for i, source in enumerate(sources) if source in locked]
-        require(isinstance(keep, list), f"keep must be a list of frames; got {brief(keep)}")
-        numbers = {read_frame("keep", i, len(sources)) for i in keep}
-        kept = {i for i in numbers if sources[i] is not None} | own.keys()
+        kept = kept_frames(project, sources, keep) | own.keys()
         if saved is not None and kept - own.keys():
             size = saved.images.shape[1:3]
         base = arranged(saved, story, sources, size, own)
