@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from contextualstory_jax.sampling.arguments import SEEDS
 from contextualstory_jax.sampling.pretrained import SHIPPED
 from contextualstory_jax.sampling.prompts import Story, fit_image
 from contextualstory_jax.sampling.saved_story import SavedStory
@@ -63,6 +64,14 @@ def arranged(
         images[i], seeds[i] = fit_image(image, *size), None
     checkpoint = {} if saved is None else saved.checkpoint
     return SavedStory(story, images, latents, tuple(seeds), checkpoint, {})
+
+
+def next_seed(saved: SavedStory | None, frame: Any, seed: int) -> int:
+    """The seed, or one that is no frame's where it is this frame's, so that the frame changes."""
+    seeds = () if saved is None else saved.seeds
+    if frame not in range(len(seeds)) or seeds[frame] != seed:
+        return seed
+    return (max(other for other in seeds if other is not None) + 1) % (SEEDS[1] + 1)
 
 
 def moved_context(

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from contextualstory_jax.sampling.saved_story import SavedStory
-from contextualstory_jax.studio.server import MOST_BYTES
+from contextualstory_jax.studio.limits import MOST_BYTES
 from contextualstory_jax.studio.worker import Job
 
 LARGE = 384  # pixels; larger frames are sent as JPEG of at most that size

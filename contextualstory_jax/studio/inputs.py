@@ -16,7 +16,7 @@ from contextualstory_jax.data.images import read_image
 from contextualstory_jax.sampling import prompts
 from contextualstory_jax.sampling.arguments import check_integer, read_sampling
 from contextualstory_jax.sampling.prompts import MOST_CHARACTERS, Story, check_sentence, check_story
-from contextualstory_jax.studio.server import MOST_BYTES, TOO_LARGE
+from contextualstory_jax.studio.limits import MOST_BYTES, TOO_LARGE
 from contextualstory_jax.studio.worker import Model
 from contextualstory_jax.utils.errors import UserError, brief, require
 

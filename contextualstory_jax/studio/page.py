@@ -13,7 +13,7 @@ from contextualstory_jax.sampling.saved_story import SavedStory
 from contextualstory_jax.studio import html
 from contextualstory_jax.studio.endpoints import POLL_SECONDS, Endpoints, client_of
 from contextualstory_jax.studio.forms import Draft, locked_frames, notes, unclear
-from contextualstory_jax.studio.frames import MOVES
+from contextualstory_jax.studio.frames import MOVES, next_seed
 from contextualstory_jax.studio.inputs import Settings
 from contextualstory_jax.studio.studio import EXPORTS, Studio
 from contextualstory_jax.studio.worker import Job, Model
@@ -199,7 +199,7 @@ class Page:
                 studio.move(link, frame, action)
             else:
                 settings = self._settings(form)
-                seed = studio.next_seed(link, frame, settings.seed)
+                seed = next_seed(studio.projects.find(link).read(), frame, settings.seed)
                 options = {"sentences": form.sentences, "context": self._draft(form).context}
                 options |= {"settings": settings._replace(seed=seed), "client": client_of(request)}
                 if action == "candidates":

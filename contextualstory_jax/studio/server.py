@@ -14,14 +14,12 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from contextualstory_jax.studio.limits import MOST_BYTES, MOST_OF_BODY, TOO_LARGE
 from contextualstory_jax.utils.errors import UserError, require
 
 if TYPE_CHECKING:
     from contextualstory_jax.studio.studio import Studio
 
-MOST_BYTES = 20 * 2**20  # of an upload
-MOST_OF_BODY = MOST_BYTES * 7 // 5  # of a request, which may hold an upload as base64
-TOO_LARGE = "an upload may have 20 MB; scale the image down"
 INSTALL = "the studio needs Gradio: pip install 'contextualstory-jax[studio]'"
 # Routes of Gradio that the studio does without: other sites' files, and those of developers.
 CLOSED = re.compile(

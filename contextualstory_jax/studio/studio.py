@@ -338,14 +338,6 @@ class Studio:
         project.write_page(**draft._asdict())
         return project.read()
 
-    def next_seed(self, link: str, frame: Any, seed: int) -> int:
-        """The seed, or the next one that is not a frame's own, so that the frame changes."""
-        saved = self.projects.find(link).read()
-        seeds = () if saved is None else saved.seeds
-        if frame not in range(len(seeds)) or seeds[frame] != seed:
-            return seed
-        return (max(other for other in seeds if other is not None) + 1) % (SEEDS[1] + 1)
-
     def titles(self, links: Iterable[str]) -> list[tuple[str, str]]:
         """Links of stories that are there, each with its first sentence."""
         rows = []

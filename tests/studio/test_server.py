@@ -12,6 +12,7 @@ import pytest
 
 from contextualstory_jax.commands import studio as command
 from contextualstory_jax.studio import server
+from contextualstory_jax.studio.limits import MOST_OF_BODY
 from contextualstory_jax.utils.errors import UserError
 from tests.helpers.studio import SENTENCES
 
@@ -134,7 +135,7 @@ def test_our_own_page_is_not_refused(client, headers):
 
 
 def test_a_body_over_20_mb_is_refused(client):
-    large = b"x" * (server.MOST_OF_BODY + 1)
+    large = b"x" * (MOST_OF_BODY + 1)
 
     declared = client.post("/gradio_api/upload", content=large)
     streamed = client.post("/gradio_api/call/projects", content=iter([large[:100], large]))
