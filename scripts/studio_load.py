@@ -58,15 +58,19 @@ class Server:
 
 
 def call(base: str, name: str, **values: Any) -> Any:
-    """An endpoint's answer, or its error as an exception."""
-    with httpx.Client(timeout=WAIT) as client:
-        event = client.post(f"{base}/{name}", json=values).raise_for_status().json()["event_id"]
-        text = client.get(f"{base}/{name}/{event}").text
-    kind, data = text.strip().split("\n\n")[-1].split("\n")
-    values = json.loads(data.removeprefix("data: "))
-    if kind != "event: complete":
-        raise ValueError(values["error"])
-    return values[0] if values else None
+    """An endpoint's answer, or its error as an exception; waits where too much is asked at once."""
+    end = time.monotonic() + WAIT
+    while True:
+        with httpx.Client(timeout=WAIT) as client:
+            event = client.post(f"{base}/{name}", json=values).raise_for_status().json()["event_id"]
+            text = client.get(f"{base}/{name}/{event}").text
+        kind, data = text.strip().split("\n\n")[-1].split("\n")
+        answer = json.loads(data.removeprefix("data: "))
+        if kind == "event: complete":
+            return answer[0] if answer else None
+        if "stories waiting" not in answer["error"] or time.monotonic() > end:
+            raise ValueError(answer["error"])
+        time.sleep(1)
 
 
 def story(rng: random.Random) -> list[str]:
@@ -104,9 +108,9 @@ class Client(threading.Thread):
         elif self.number == 2:
             self.upload_damaged(values)
         elif self.number == 3:
-            with httpx.Client(timeout=WAIT) as client:  # closed at once
+            with httpx.Client(timeout=WAIT) as client:  # closed at once; the story is generated
                 client.post(f"{self.base}/generate", json=values)
-            time.sleep(1)
+            time.sleep(5)
         else:
             self.change(values)
 
