@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from contextualstory_jax.studio.worker import Model, Worker
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick_gif() -> Iterator[None]:
     """Animations of a few bytes: their palettes take half the time in which a story is saved."""
     from contextualstory_jax.sampling.export_formats import FORMATS
