@@ -9,7 +9,7 @@ from contextualstory_jax.data.vocabulary import warnings
 from contextualstory_jax.sampling.prompts import OVERLAP, Story
 from contextualstory_jax.sampling.saved_story import SavedStory
 from contextualstory_jax.sampling.windows import unclear_starts
-from contextualstory_jax.studio.frames import checkpoint_path, moved_context, sources_of
+from contextualstory_jax.studio.frames import is_of, moved_context, sources_of
 from contextualstory_jax.studio.inputs import read_frame
 from contextualstory_jax.studio.projects import Project
 from contextualstory_jax.studio.worker import Model
@@ -117,7 +117,7 @@ def notes(draft: Draft, model: Model, saved: SavedStory | None = None) -> list[s
         if str(i) not in draft.context:
             word = draft.sentences[i].split()[0]
             lines.append(f"sentence {i + 1} begins a window: say below who {word!r} is")
-    if saved is not None and saved.checkpoint.get("path") != checkpoint_path(model):
+    if saved is not None and not is_of(saved, model):
         lines.append("the frames are of another model; this one encodes those that are kept")
     return lines
 

@@ -163,6 +163,12 @@ def generated_story(
     return SavedStory(old.story, images, latents, seeds, checkpoint, settings)
 
 
+def is_of(saved: SavedStory, model: Model) -> bool:
+    """Whether frames are of this model, of the same weights, so that it takes their latents."""
+    theirs = saved.checkpoint.get("path", ""), saved.checkpoint.get("step")
+    return theirs == (checkpoint_path(model), model.step)
+
+
 def checkpoint_path(model: Model) -> str | None:
     """The checkpoint as `story.json` names it; None for the model that ships."""
     return None if model.folder == SHIPPED else str(model.folder.absolute())

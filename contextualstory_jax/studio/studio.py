@@ -35,6 +35,7 @@ from contextualstory_jax.studio.frames import (
     by_hand,
     checkpoint_path,
     generated_story,
+    is_of,
     moved_context,
     moved_storyflow,
     order_after,
@@ -400,7 +401,7 @@ class Studio:
         for seed in seeds:
             check_integer("seed", seed, *SEEDS)
         keep = tuple(i not in frames for i in range(len(saved.seeds)))
-        same_model = saved.checkpoint.get("path", "") == checkpoint_path(model)
+        same_model = is_of(saved, model)
         own = saved.options() if same_model else {}
         negative = own.get("negative_prompt")
         options: dict[str, Any] = {

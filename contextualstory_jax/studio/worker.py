@@ -64,8 +64,17 @@ class Model:
         """The mean of the training stories; none where the model has no StoryFlow Adapter."""
         if not self.config.unet.use_motion_condition:
             return []
+        return [*self._newest[1]["storyflow"]]
+
+    @property
+    def step(self) -> int:
+        """The training step of the weights."""
+        return self._newest[0]
+
+    @functools.cached_property
+    def _newest(self) -> tuple[int, dict]:
         with Checkpoints(self.folder) as checkpoints:  # the weights may be large, and wait
-            return [*newest(checkpoints)[1]["storyflow"]]
+            return newest(checkpoints)
 
 
 @dataclasses.dataclass(eq=False)

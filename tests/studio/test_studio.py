@@ -314,3 +314,18 @@ def test_what_is_not_right_is_refused_and_leaves_nothing(studio, options, messag
         studio.generate("", **values)
 
     assert not [p for p in studio.projects.folder.iterdir() if p.name != ".key"]
+
+
+def test_frames_of_other_weights_are_encoded_again(studio):
+    link, saved = made(studio)
+    job = studio.regenerate(link, [2], SETTINGS)
+    assert job.kept.latents is not None
+    done(studio, link, job)
+
+    other = {**saved.checkpoint, "step": saved.checkpoint["step"] + 1}
+    studio.projects.find(link).save(dataclasses.replace(saved, checkpoint=other))
+    job = studio.regenerate(link, [2], SETTINGS)
+
+    assert job.kept.latents is None
+    again = done(studio, link, job)
+    np.testing.assert_array_equal(again.images[:2], saved.images[:2])
