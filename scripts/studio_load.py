@@ -96,7 +96,7 @@ class Client(threading.Thread):
             try:
                 self.ask()
                 self.answers += 1
-            except Exception as error:  # of any kind: counted, and told at the end
+            except Exception as error:  # of any kind: counted, and printed at the end
                 self.faults.append(f"client {self.number}: {error!r}"[:300])
 
     def ask(self) -> None:

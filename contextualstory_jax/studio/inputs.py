@@ -1,4 +1,4 @@
-"""What clients send: checked before anything is done with it."""
+"""Input of clients, checked before anything is done with it."""
 
 from __future__ import annotations
 

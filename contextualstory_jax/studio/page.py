@@ -322,7 +322,7 @@ class Page:
             yield {self.status: html.error(str(error))}
 
     def _draft(self, form: Values) -> Draft:
-        """What belongs to the sentences as they are now."""
+        """Sentences with the context and StoryFlow values that belong to them as they are now."""
         mean = self.studio.model(form.model).storyflow
         return Draft(*form.draft).with_sentences(form.sentences, mean)
 
@@ -346,7 +346,7 @@ class Page:
         return shown
 
     def _shown(self, draft: Draft, model: Model, saved: SavedStory | None = None) -> Update:
-        """What belongs to the sentences, and warnings."""
+        """The inputs that belong to the sentences, and warnings."""
         sentences, mean = draft.sentences, model.storyflow
         flow = draft.storyflow
         if flow is None:
