@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax stu
     from contextualstory_jax.studio.studio import Studio
     from contextualstory_jax.studio.worker import Model, Worker
 
-    projects = Projects(arguments.projects)
     models = [Model(name) for name in arguments.checkpoint]
     models[0].pipeline  # noqa: B018 (damaged weights are named now)
+    projects = Projects(arguments.projects)  # last, so that a mistake leaves no folder
     studio = Studio(models, projects, Worker(warm=models[0]))
     first, *others = links(studio, sock, arguments.host)
     print(f"the studio is at {first}", flush=True)

@@ -331,3 +331,12 @@ def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch):
 
     with pytest.raises(UserError, match=r"pip install 'contextualstory-jax\[studio\]'"):
         command.main(["--port", "0", "--projects", str(tmp_path / "p")])
+
+
+def test_an_unknown_checkpoint_is_named_and_leaves_no_folder(tmp_path):
+    projects = tmp_path / "p"
+
+    with pytest.raises(UserError, match="no folder nope"):
+        command.main(["--port", "0", "--checkpoint", "nope", "--projects", str(projects)])
+
+    assert not projects.exists()
