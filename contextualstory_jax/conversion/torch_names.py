@@ -21,6 +21,8 @@ from contextualstory_jax.utils.errors import UserError
 LAYOUTS: tuple[tuple[str, str, tuple[int, ...] | None, int], ...] = (
     # (out, in, 3, 1, 1) -> (3, 1, in, out)
     (r".*\.conv3ds\.\d+\.conv[12]\.kernel", "weight", (2, 3, 1, 0), 5),
+    # (out, in, t, h, w) -> (t, h, w, in, out)
+    (r".*\.kernel", "weight", (2, 3, 4, 1, 0), 5),
     # (out, in, h, w) -> (h, w, in, out)
     (r".*\.kernel", "weight", (2, 3, 1, 0), 4),
     # (out, in) -> (in, out)
@@ -34,7 +36,9 @@ DEAD: tuple[tuple[str, str], ...] = (
     (r".*\.conv3ds\.\d+\.time_emb_proj\.(weight|bias)", "given no time embedding"),
     (r".*\.rotary_bias\.relative_attention_bias\.weight", "the original comments its use out"),
     (r".*\.pos_enc\.dummy", "remembers a device"),
-    (r".*\.position_ids", "a buffer holding 0..76"),
+    (r".*\.position_ids", "a buffer holding 0, 1, 2, ..."),
+    (r".*\.num_batches_tracked", "counts the steps of a batch norm's training"),
+    (r"logit_scale", "the temperature of CLIP's training loss"),
 )
 
 # What Stable Diffusion's UNet does not have, in PyTorch's names and in ours.

@@ -86,12 +86,13 @@ def linear(
 def conv(
     channels_in: int,
     channels_out: int,
-    kernel_size: tuple[int, int],
+    kernel_size: tuple[int, ...],
     *,
-    padding: tuple[tuple[int, int], tuple[int, int]],
-    stride: int = 1,
+    padding: tuple[tuple[int, int], ...],
+    stride: int | tuple[int, ...] = 1,
+    bias: bool = True,
 ) -> nnx.Conv:
-    """torch.nn.Conv2d, channels last; padding is ((top, bottom), (left, right))."""
+    """torch.nn.Conv2d or Conv3d, channels last; padding is (before, after) of each axis."""
     init = _declare(uniform(channels_in * math.prod(kernel_size)))
     return nnx.Conv(
         channels_in,
@@ -99,6 +100,7 @@ def conv(
         kernel_size,
         strides=stride,
         padding=padding,
+        use_bias=bias,
         kernel_init=init,
         bias_init=init,
         rngs=_NO_KEYS,
@@ -138,6 +140,25 @@ def group_norm(channels: int, groups: int, epsilon: float) -> GroupNorm:
 def layer_norm(channels: int, epsilon: float = 1e-5) -> nnx.LayerNorm:
     """torch.nn.LayerNorm over the last axis, two passes in float32."""
     return nnx.LayerNorm(channels, epsilon=epsilon, use_fast_variance=False, **_NORM)
+
+
+class BatchNorm(nnx.Module):
+    """torch.nn.BatchNorm2d or BatchNorm3d in evaluation: by running statistics, in float32."""
+
+    def __init__(self, channels: int, epsilon: float = 1e-5):
+        self.epsilon = epsilon
+        self.scale = parameter((channels,), ones)
+        self.bias = parameter((channels,), zeros)
+        self.running_mean = parameter((channels,), zeros)
+        self.running_var = parameter((channels,), ones)
+
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        scale, bias, mean, variance = (
+            p[...].astype(jnp.float32)
+            for p in (self.scale, self.bias, self.running_mean, self.running_var)
+        )
+        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+        return (x * factor + (bias - mean * factor)).astype(x.dtype)
 
 
 def upsample_nearest(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch 2*h 2*w c"]:

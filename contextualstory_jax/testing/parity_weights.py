@@ -25,7 +25,7 @@ def torch_weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return 0.5 * np.abs(n)
     if last == "alpha":
         return 0.5 + 0.5 * n  # some fall outside [0, 1], on purpose
-    if last in ("bias", "dummy"):
+    if last in ("bias", "dummy", "running_mean"):
         return 0.02 * n
     if len(shape) == 1:
         return 1 + 0.1 * n
