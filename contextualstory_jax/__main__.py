@@ -17,7 +17,12 @@ COMMANDS = {
     "generate": ("generate", "generate the images of a story"),
     "train": ("train", "train a model"),
     "evaluate": ("evaluate", "generate the test stories of a dataset and measure them"),
+    "measure": ("commands.measure", "measure generated images: FID, KID and others, by protocol"),
     "train-vae": ("commands.train_vae", "train a VAE by itself, for the model to start from"),
+    "train-classifier": (
+        "commands.train_classifier",
+        "train a classifier of a dataset's characters, for a metric",
+    ),
     "studio": ("commands.studio", "serve a page to write stories and change their frames"),
     "convert": ("commands.convert", "convert a released model to a checkpoint folder"),
     "export": ("commands.export", "write a checkpoint in the layout of the released models"),

@@ -27,6 +27,8 @@ def torch_weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return 0.5 + 0.5 * n  # some fall outside [0, 1], on purpose
     if last in ("bias", "dummy", "running_mean"):
         return 0.02 * n
+    if last == "running_var":  # what a ReLU leaves, so that features do not vanish with depth
+        return 0.5 * (1 + 0.1 * np.abs(n))
     if len(shape) == 1:
         return 1 + 0.1 * n
     if last == "pos_embed":

@@ -1,0 +1,144 @@
+"""What a metric receives and returns, and the checks before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from contextualstory_jax.evaluation.features import Features
+from contextualstory_jax.evaluation.image_folders import ImageFolder, read_folder
+from contextualstory_jax.evaluation.protocols import Protocol
+from contextualstory_jax.evaluation.statistics import Statistics, read_statistics
+from contextualstory_jax.evaluation.weights import Weights, WeightsFile
+from contextualstory_jax.utils.errors import UserError, require
+
+Need = Literal["images", "pairs", "stories", "sentences", "characters"]
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Choices that do not belong to a protocol.
+
+    Attributes:
+        seed: of all that is random, but for KID's subsets.
+        kid_subsets: how many subsets KID is averaged over.
+        kid_subset_size: images in each.
+        kid_seed: of the subsets. The defaults of all three are torch-fidelity's.
+    """
+
+    seed: int = 0
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    kid_seed: int = 2020
+
+
+class Measurement(NamedTuple):
+    """Generated frames beside reference frames, or beside statistics of such."""
+
+    generated: ImageFolder
+    reference: ImageFolder | Statistics
+    protocol: Protocol
+    weights: Weights
+    features: Features
+    options: Options
+
+    @property
+    def reference_images(self) -> ImageFolder:
+        """The reference's images. Raises `UserError` where it is a file of statistics."""
+        if isinstance(self.reference, Statistics):
+            raise UserError("the reference is a file of statistics; give a folder of images")
+        return self.reference
+
+
+class Metric(NamedTuple):
+    """A metric: its function, the weights it uses, and what the folders must have."""
+
+    measure: Callable[[Measurement], dict[str, Any]]  # values by name, as they stand in the report
+    files: tuple[WeightsFile, ...] = ()
+    needs: frozenset[Need] = frozenset()
+
+
+class Interval(NamedTuple):
+    """A value with its interval of 95 %, None where there are too few stories for one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def read_reference(path: Path) -> ImageFolder | Statistics:
+    """A folder of images, or a file of statistics. Raises `UserError` where it is neither."""
+    return read_statistics(path) if path.suffix == ".npz" else read_folder(path, "original")
+
+
+def check_needs(metrics: Iterable[tuple[str, Metric]], measurement: Measurement) -> None:
+    """Raise `UserError` for a metric that needs more than the folders have.
+
+    Where weights are missing, they are downloaded.
+    """
+    generated, reference = measurement.generated, measurement.reference
+    images = reference.frames if isinstance(reference, ImageFolder) else ()
+    plain = f"{generated.path} is no folder that evaluate wrote"
+    there: dict[Need, tuple[bool, str]] = {
+        "images": (bool(images), "a folder of reference images, not a file of statistics"),
+        "pairs": (
+            len(images) == len(generated.frames),
+            "as many reference images as generated ones; there are "
+            f"{len(images)} and {len(generated.frames)}",
+        ),
+        "stories": (bool(generated.settings), f"stories, and {plain}"),
+        "sentences": (
+            all(frame.sentence is not None for frame in generated.frames),
+            f"sentences, and {plain}",
+        ),
+        "characters": (
+            all(frame.characters is not None for frame in generated.frames),
+            f"characters of every frame, and {generated.path} has frames without",
+        ),
+    }
+    for name, metric in metrics:
+        for need, (has, what) in there.items():
+            require(need not in metric.needs or has, f"--metrics {name} needs {what}")
+        for file in metric.files:
+            measurement.weights.path(file)
+
+
+def mean_interval(
+    values: Float[np.ndarray, "n"], stories: Sequence[str], seed: int = 0
+) -> Interval:
+    """The mean over frames; its interval resamples complete stories.
+
+    Frames of one story are not independent.
+    """
+    names, members = np.unique(stories, return_inverse=True)
+    if len(names) < 2:
+        return Interval(float(np.mean(values)), None, None)
+    sums, counts = np.bincount(members, values), np.bincount(members)
+    sampled = np.random.default_rng(seed).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES
+    )
+    means = (sampled @ sums) / (sampled @ counts)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return Interval(float(np.mean(values)), float(low), float(high))
+
+
+def jackknife_interval(value: float, left_out: Sequence[float]) -> Interval:
+    """The interval of a value from those with one group left out each, by normal approximation.
+
+    Bias that all of them share, as FID's by the number of images, does not widen it.
+    """
+    groups = len(left_out)
+    if groups < 2:
+        return Interval(value, None, None)
+    error = np.sqrt((groups - 1) * np.var(left_out))
+    margin = float(NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error)
+    return Interval(value, value - margin, value + margin)
