@@ -215,6 +215,29 @@ class TextEncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionEncoderConfig:
+    """CLIP's vision encoder. Defaults are ViT-B/32's. Source: transformers CLIPVisionConfig."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: Literal["gelu", "quick_gelu"] = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP's two encoders, and the features they share. Source: transformers CLIPConfig."""
+
+    text_config: TextEncoderConfig
+    vision_config: VisionEncoderConfig
+    projection_dim: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
     """The noise schedule and how sampling steps through it. Defaults are the released models'.
 

@@ -1,6 +1,7 @@
 """CLIP's text encoder: token ids to the last hidden states that condition the UNet.
 
-Modules nest and are named as in published checkpoints. There is no pooled output: nothing uses it.
+Modules nest and are named as in published checkpoints. The vision encoder (`clip_vision.py`) shares
+the layers, and pools.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from contextualstory_jax.config.model_config import TextEncoderConfig
+from contextualstory_jax.config.model_config import TextEncoderConfig, VisionEncoderConfig
 from contextualstory_jax.models.attention import attention
 from contextualstory_jax.models.layers import embed, layer_norm, linear
+
+EncoderConfig = TextEncoderConfig | VisionEncoderConfig
 
 
 class TextEmbeddings(nnx.Module):
@@ -41,7 +44,7 @@ class SelfAttention(nnx.Module):
     Reference: transformers CLIPAttention.
     """
 
-    def __init__(self, config: TextEncoderConfig):
+    def __init__(self, config: EncoderConfig):
         width = config.hidden_size
         self.heads = config.num_attention_heads
         self.q_proj = linear(width, width)
@@ -50,7 +53,7 @@ class SelfAttention(nnx.Module):
         self.out_proj = linear(width, width)
 
     def __call__(
-        self, x: Float[Array, "n l d"], mask: Bool[np.ndarray, "l l"]
+        self, x: Float[Array, "n l d"], mask: Bool[np.ndarray, "l l"] | None
     ) -> Float[Array, "n l d"]:
         projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in projections)  # n l heads k
@@ -60,7 +63,7 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """Linear, activation, linear. Reference: transformers CLIPMLP."""
 
-    def __init__(self, config: TextEncoderConfig):
+    def __init__(self, config: EncoderConfig):
         self.is_quick = config.hidden_act == "quick_gelu"
         self.fc1 = linear(config.hidden_size, config.intermediate_size)
         self.fc2 = linear(config.intermediate_size, config.hidden_size)
@@ -75,37 +78,38 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Attention and MLP, both pre-norm and residual. Reference: transformers CLIPEncoderLayer."""
 
-    def __init__(self, config: TextEncoderConfig):
+    def __init__(self, config: EncoderConfig):
         self.layer_norm1 = layer_norm(config.hidden_size, config.layer_norm_eps)
         self.self_attn = SelfAttention(config)
         self.layer_norm2 = layer_norm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
     def __call__(
-        self, x: Float[Array, "n l d"], mask: Bool[np.ndarray, "l l"]
+        self, x: Float[Array, "n l d"], mask: Bool[np.ndarray, "l l"] | None
     ) -> Float[Array, "n l d"]:
         x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nnx.Module):
-    """The layers, each token seeing itself and what came before.
+    """The layers; where `mask` is false a token does not see another. Reference: CLIPEncoder."""
 
-    Reference: transformers CLIPEncoder.
-    """
-
-    def __init__(self, config: TextEncoderConfig):
+    def __init__(self, config: EncoderConfig):
         self.layers = nnx.List(EncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def __call__(self, x: Float[Array, "n l d"]) -> Float[Array, "n l d"]:
-        mask = np.tri(x.shape[1], dtype=bool)
+    def __call__(
+        self, x: Float[Array, "n l d"], mask: Bool[np.ndarray, "l l"] | None = None
+    ) -> Float[Array, "n l d"]:
         for layer in self.layers:
             x = layer(x, mask)
         return x
 
 
 class TextTransformer(nnx.Module):
-    """Embeddings, layers, final norm. Reference: transformers CLIPTextTransformer."""
+    """Embeddings, layers, final norm; a token sees itself and what came before.
+
+    Reference: transformers CLIPTextTransformer.
+    """
 
     def __init__(self, config: TextEncoderConfig):
         self.embeddings = TextEmbeddings(config)
@@ -113,7 +117,8 @@ class TextTransformer(nnx.Module):
         self.final_layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, ids: Int[Array, "n l"]) -> Float[Array, "n l d"]:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+        causal = np.tri(ids.shape[1], dtype=bool)
+        return self.final_layer_norm(self.encoder(self.embeddings(ids), causal))
 
 
 class CLIPTextModel(nnx.Module):

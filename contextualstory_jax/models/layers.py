@@ -143,10 +143,15 @@ def layer_norm(channels: int, epsilon: float = 1e-5) -> nnx.LayerNorm:
 
 
 class BatchNorm(nnx.Module):
-    """torch.nn.BatchNorm2d or BatchNorm3d in evaluation: by running statistics, in float32."""
+    """torch.nn.BatchNorm2d or BatchNorm3d, computed in float32.
+
+    It normalises by its running statistics. In training (`start_training`) by those of the batch,
+    which move the running ones by a tenth, in the bound module (`Network.values` reads them).
+    """
 
     def __init__(self, channels: int, epsilon: float = 1e-5):
         self.epsilon = epsilon
+        self.training = False
         self.scale = parameter((channels,), ones)
         self.bias = parameter((channels,), zeros)
         self.running_mean = parameter((channels,), zeros)
@@ -157,8 +162,21 @@ class BatchNorm(nnx.Module):
             p[...].astype(jnp.float32)
             for p in (self.scale, self.bias, self.running_mean, self.running_var)
         )
+        if self.training:
+            values = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+            n, old_mean, old_variance = len(values), mean, variance
+            mean, variance = values.mean(axis=0), values.var(axis=0)
+            self.running_mean[...] = 0.9 * old_mean + 0.1 * mean
+            self.running_var[...] = 0.9 * old_variance + 0.1 * variance * n / (n - 1)
         factor = scale * jax.lax.rsqrt(variance + self.epsilon)
         return (x * factor + (bias - mean * factor)).astype(x.dtype)
+
+
+def start_training(module: nnx.Module) -> None:
+    """Let a bound module's batch norms normalise by the statistics of their batch."""
+    for _, found in nnx.iter_modules(module):
+        if isinstance(found, BatchNorm):
+            found.training = True
 
 
 def upsample_nearest(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch 2*h 2*w c"]:

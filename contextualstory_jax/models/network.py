@@ -54,3 +54,8 @@ class Network(Generic[M]):
             path: nnx.Param(jnp.asarray(params[name], dtype)) for name, path in self._paths.items()
         }
         return nnx.merge(self._graphdef, nnx.from_flat_state(leaves))
+
+    def values(self, module: M) -> Params:
+        """The parameters in a bound module, after calls that changed some of them."""
+        leaves = dict(nnx.to_flat_state(nnx.split(module)[1]))
+        return {name: leaves[path].get_value() for name, path in self._paths.items()}
