@@ -41,7 +41,7 @@ def inception(protocol: Protocol, weights: Weights) -> Extractor:
             image = image.resize((protocol.side, protocol.side), Image.Resampling.BILINEAR)
         return resize_clean(np.asarray(image)) if protocol.resize == "clean" else np.asarray(image)
 
-    def compute(module: InceptionV3, images: Num[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
+    def compute(module: InceptionV3, images: Num[Array, "b h w 3"]) -> Float[Array, "b d"]:
         x = images.astype(jnp.float32)
         if protocol.resize != "clean":
             x = resize_bilinear(x, protocol.resize)
@@ -80,10 +80,11 @@ def sample_points(
 ) -> tuple[Int[np.ndarray, "299"], Int[np.ndarray, "299"], Float32[np.ndarray, "299"]]:
     """For each of 299 pixels the two it lies between, and how far it is from the first."""
     step = np.float32(size / SIDE)
-    places = np.arange(SIDE, dtype=np.float32)
     if resize == "bilinear":
-        places = np.maximum((places + 0.5) * step - 0.5, 0)
+        # Multiplied and added with one rounding, as PyTorch does.
+        places = (np.arange(SIDE) + 0.5) * np.float64(step) - 0.5
+        places = np.maximum(places, 0).astype(np.float32)
     else:
-        places = places * step
+        places = np.arange(SIDE, dtype=np.float32) * step
     low = places.astype(np.int64)
     return low, np.minimum(low + 1, size - 1), places - low.astype(np.float32)

@@ -7,6 +7,7 @@ a CUDA build of PyTorch. On PYTHONPATH they are found too.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,12 +29,12 @@ def package(name: str) -> ModuleType:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _operators.append(library)
-    return importlib.import_module(name) if _is_there(name) else _skip(name)
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
+        pytest.skip(f"{name} is not in {FOLDER}: .ci/run installs it", allow_module_level=True)
+    return importlib.import_module(name)
 
 
-def _is_there(name: str) -> bool:
-    return importlib.util.find_spec(name.partition(".")[0]) is not None
-
-
-def _skip(name: str) -> ModuleType:
-    pytest.skip(f"{name} is not in {FOLDER}: .ci/run installs it", allow_module_level=True)
+def within(what: str, error: float, bound: float) -> None:
+    """Assert that an error is within its bound; `pytest -rP` shows it."""
+    print(f"{what}: {error:.2g}, at most {bound:g}")
+    assert error <= bound

@@ -45,9 +45,9 @@ def fid(measurement: Measurement) -> dict[str, Any]:
     references = reference_statistics(measurement)
     first = references[0]
     require(
-        first.mu.shape == (FEATURES,),
-        f"the reference's statistics are of {len(first.mu)} features, not FID's {FEATURES}; take "
-        "those of its last pool",
+        first.mu.shape == ours.mu.shape,
+        f"the reference's statistics are of {len(first.mu)} features, not FID's {len(ours.mu)}; "
+        "take those of the last pool",
     )
     root_of_first = root(first.sigma)
     groups = story_groups(generated)
