@@ -25,6 +25,20 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> argpars
     add("--metrics", default="fid", metavar="LIST", help="with commas between (fid)")
     add("--protocol", default="pytorch-fid", metavar="NAME", help="docs/tutorials/measure.md")
     add("--weights-dir", type=Path, metavar="DIR", help="of the networks; default: a cache folder")
+    add(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="a folder of the same stories by another model: the difference is reported too",
+    )
+    add(
+        "--seeds",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of the same stories with other seeds: mean and deviation are reported too",
+    )
     add("--out", type=Path, metavar="FILE.json", help="write the report there too")
     add("--save-statistics", type=Path, metavar="FILE.npz", help="the reference's, for next time")
     add("--seed", type=int, default=0, help="of random reference frames and distractors (0)")
@@ -92,7 +106,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax mea
             kid_seed=arguments.kid_seed,
         ),
     )
-    found = report.measure(metrics, measurement)
+    found = report.measure(metrics, measurement, seeds=arguments.seeds, compared=arguments.compare)
     for line in report.lines(found):
         say(line)
     if arguments.save_statistics is not None:

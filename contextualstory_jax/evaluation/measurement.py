@@ -64,14 +64,23 @@ class Metric(NamedTuple):
     measure: Callable[[Measurement], dict[str, Any]]  # values by name, as they stand in the report
     files: tuple[WeightsFile, ...] = ()
     needs: frozenset[Need] = frozenset()
+    check: Callable[[Measurement], object] = lambda _: (
+        None
+    )  # raises `UserError` for what is missing
 
 
 class Interval(NamedTuple):
-    """A value with its interval of 95 %, None where there are too few stories for one."""
+    """A value with its interval of 95 %, None where there are too few stories for one.
+
+    The interval is made of replicates: values of resampled stories (`bootstrap`), or of all but one
+    group of stories each (`jackknife`). Of two folders of the same stories they are pairs.
+    """
 
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
+    replicates: Float[np.ndarray, " r"] = np.empty(0)
+    method: Literal["bootstrap", "jackknife"] = "bootstrap"
 
 
 def read_reference(path: Path) -> ImageFolder | Statistics:
@@ -107,6 +116,7 @@ def check_needs(metrics: Iterable[tuple[str, Metric]], measurement: Measurement)
     for name, metric in metrics:
         for need, (has, what) in there.items():
             require(need not in metric.needs or has, f"--metrics {name} needs {what}")
+        metric.check(measurement)
         for file in metric.files:
             measurement.weights.path(file)
 
@@ -118,27 +128,58 @@ def mean_interval(
 
     Frames of one story are not independent.
     """
-    names, members = np.unique(stories, return_inverse=True)
-    if len(names) < 2:
-        return Interval(float(np.mean(values)), None, None)
-    sums, counts = np.bincount(members, values), np.bincount(members)
+    _, members = np.unique(stories, return_inverse=True)
+    sums = np.stack([np.bincount(members, values), np.bincount(members)], axis=-1)
+    return bootstrap_interval(sums, lambda sums: sums[..., 0] / sums[..., 1], seed)
+
+
+def bootstrap_interval(
+    counts: Float[np.ndarray, "s *n"],
+    statistic: Callable[[Float[np.ndarray, "*r"]], Any],
+    seed: int = 0,
+) -> Interval:
+    """A statistic of sums over stories; its interval resamples complete stories.
+
+    Args:
+        counts: Of each story.
+        statistic: Of summed counts, or of an array of such.
+        seed: Of the resamples; equal ones pair those of two folders.
+    """
+    value, stories = float(statistic(counts.sum(axis=0))), len(counts)
+    if stories < 2:
+        return Interval(value)
     sampled = np.random.default_rng(seed).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES
+        stories, np.full(stories, 1 / stories), size=RESAMPLES
     )
-    means = (sampled @ sums) / (sampled @ counts)
+    return quantile_interval(value, statistic(np.tensordot(sampled, counts, axes=1)))
+
+
+def quantile_interval(value: float, replicates: Float[np.ndarray, " r"]) -> Interval:
+    """The interval that holds all but 5 % of the replicates."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(float(np.mean(values)), float(low), float(high))
+    low, high = np.quantile(replicates, (tail, 1 - tail))
+    return Interval(value, float(low), float(high), replicates)
 
 
-def jackknife_interval(value: float, left_out: Sequence[float]) -> Interval:
+def jackknife_interval(
+    value: float, left_out: Sequence[float] | Float[np.ndarray, " r"]
+) -> Interval:
     """The interval of a value from those with one group left out each, by normal approximation.
 
     Bias that all of them share, as FID's by the number of images, does not widen it.
     """
     groups = len(left_out)
     if groups < 2:
-        return Interval(value, None, None)
+        return Interval(value)
     error = np.sqrt((groups - 1) * np.var(left_out))
     margin = float(NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error)
-    return Interval(value, value - margin, value + margin)
+    return Interval(value, value - margin, value + margin, np.asarray(left_out), "jackknife")
+
+
+def difference(first: Interval, second: Interval) -> Interval:
+    """The first less the second, both of the same stories, with the interval of pairs."""
+    value = first.value - second.value
+    if not len(first.replicates):
+        return Interval(value)
+    interval = jackknife_interval if first.method == "jackknife" else quantile_interval
+    return interval(value, first.replicates - second.replicates)

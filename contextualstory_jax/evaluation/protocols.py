@@ -21,6 +21,7 @@ from contextualstory_jax.evaluation.image_folders import ImageFolder
 from contextualstory_jax.utils.errors import UserError, require
 
 Resize = Literal["bilinear", "tensorflow1", "clean"]
+ClassifierInput = Literal["symmetric", "unit", "imagenet"]
 SAMPLES = 10  # of reference frames, where they are random
 
 
@@ -40,6 +41,12 @@ class Protocol:
         random_reference: whether the reference's frame is a random one of each file that holds
             several; those of FlintstonesSV and PororoSV do.
         first_stories: how many stories are measured, by dataset, task and split, where not all.
+        clip: FSD's, of frames of 64 x 64 pixels from -1 to 1: `raw` as it is, or `resized` to
+            112 x 112.
+        classifier_input: of the metric `characters`. `symmetric` is from -1 to 1, as all published
+            classifiers are trained and StoryGPT-V measures: ImageNet's normalisation, undone by
+            torchvision's `transform_input`. Two repositories build the network without that:
+            `imagenet` is normalised, and `unit`, from 0 to 1, is not.
     """
 
     name: str
@@ -50,6 +57,8 @@ class Protocol:
     datasets: tuple[str, ...] = ()
     random_reference: bool = False
     first_stories: Mapping[tuple[str, str, str], int] = dataclasses.field(default_factory=dict)
+    clip: Literal["raw", "resized"] = "raw"
+    classifier_input: ClassifierInput = "symmetric"
 
     def select(self, folder: ImageFolder) -> ImageFolder:
         """The frames that it measures.
@@ -71,6 +80,15 @@ class Protocol:
 
 
 FIELD: dict[str, Any] = {"datasets": ("pororo", "flintstones"), "random_reference": True}
+CPCSV = "basiclab/CPCStoryVisualization-Pytorch: fid/vfid_score.py, fid/residual2p1.py, trainer.py"
+STORYVIZ: dict[str, Any] = FIELD | {
+    "side": 64,
+    "first_stories": {
+        ("pororo", "visualization", "val"): 2304,
+        ("pororo", "continuation", "val"): 2304,
+        ("flintstones", "continuation", "test"): 1900,
+    },
+}
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -90,17 +108,20 @@ PROTOCOLS = {
         Protocol(
             "storyviz",
             "adymaharana/StoryViz: eval_scripts/eval_vfid.py, vfid/fid_score.py, "
-            "dcsgan/pororo_data.py; adymaharana/storydalle: story-dalle/eval_fid.py",
-            side=64,
-            first_stories={
-                ("pororo", "visualization", "val"): 2304,
-                ("pororo", "continuation", "val"): 2304,
-                ("flintstones", "continuation", "test"): 1900,
-            },
-            **FIELD,
+            "dcsgan/pororo_data.py, eval_scripts/eval_classifier.py, classifier/dataloader.py",
+            classifier_input="unit",
+            **STORYVIZ,
+        ),
+        Protocol(
+            "storydalle",
+            "adymaharana/storydalle: story-dalle/eval_fid.py, story-dalle/eval_char_clf.py",
+            classifier_input="imagenet",
+            **STORYVIZ,
         ),
         Protocol("arldm", "xichenpan/ARLDM: main.py", side=64, **FIELD),
         Protocol("make-a-story", "ubc-vision/Make-A-Story: eval_vfid.py", side=256, **FIELD),
+        Protocol("cpcsv", CPCSV, side=64),
+        Protocol("cpcsv-resized", CPCSV, side=64, clip="resized"),
     )
 }
 

@@ -10,13 +10,18 @@ from contextualstory_jax import __version__
 from contextualstory_jax.evaluation.features import Features
 from contextualstory_jax.evaluation.image_folders import ImageFolder, read_folder
 from contextualstory_jax.evaluation.measurement import (
-    Interval,
     Measurement,
     Options,
     check_needs,
     read_reference,
 )
 from contextualstory_jax.evaluation.metrics.table import METRICS
+from contextualstory_jax.evaluation.paired import (
+    differences,
+    over_seeds,
+    require_same_stories,
+    shown,
+)
 from contextualstory_jax.evaluation.protocols import PROTOCOLS
 from contextualstory_jax.evaluation.weights import Weights
 from contextualstory_jax.utils.errors import require
@@ -49,16 +54,42 @@ def prepare(
     return Measurement(named.select(ours), theirs, named, weights, features, options)
 
 
-def measure(metrics: Sequence[str], measurement: Measurement) -> dict[str, Any]:
+def measure(
+    metrics: Sequence[str],
+    measurement: Measurement,
+    *,
+    seeds: Sequence[Path] = (),
+    compared: Path | None = None,
+) -> dict[str, Any]:
     """The report: each metric's values, and all that they depend on.
 
-    Raises `UserError` for a metric that needs more than there is, before anything is computed.
+    Args:
+        metrics: Names of metrics.
+        measurement: The folder to report, and its reference.
+        seeds: Folders of the same stories, generated with other seeds: `seeds` is their spread.
+        compared: A folder of the same stories, by another model: `difference` is ours less its.
+
+    Raises:
+        UserError: A metric needs more than there is, or folders hold other stories; before
+            anything is computed.
     """
-    check_needs([(name, METRICS[name]) for name in metrics], measurement)
-    report: dict[str, Any] = {}
-    for name in metrics:
-        for key, value in METRICS[name].measure(measurement).items():
-            report[key] = value._asdict() if isinstance(value, Interval) else value
+    chosen = [(name, METRICS[name]) for name in metrics]
+    every = [measurement]
+    for path in (*seeds, *([] if compared is None else [compared])):
+        folder = measurement.protocol.select(read_folder(path, "generated"))
+        require_same_stories(measurement.generated, folder)
+        every.append(measurement._replace(generated=folder))
+    for one in every:
+        check_needs(chosen, one)
+    measured = [
+        {key: value for _, metric in chosen for key, value in metric.measure(one).items()}
+        for one in every
+    ]
+    report = {key: shown(value) for key, value in measured[0].items()}
+    if seeds:
+        report["seeds"] = over_seeds(measured[: 1 + len(seeds)])
+    if compared is not None:
+        report["difference"] = differences(measured[0], measured[-1])
     reference = measurement.reference
     return report | {
         "protocol": measurement.protocol.name,
@@ -73,11 +104,21 @@ def measure(metrics: Sequence[str], measurement: Measurement) -> dict[str, Any]:
 
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The values of a report as text, such as `fid  14.07 [13.61, 14.53]`."""
-    found = []
-    for name, value in report.items():
-        if isinstance(value, Mapping) and "value" in value:
-            shown = f"{value['value']:.6g}"
-            if value["low"] is not None:
-                shown += f" [{value['low']:.6g}, {value['high']:.6g}]"
-            found.append(f"{name:<20}{shown}")
+    found = [f"{name:<28}{_in_words(value)}" for name, value in report.items() if _has(value)]
+    for name, spread in report.get("seeds", {}).items():
+        count = len(spread["values"])
+        text = f"{spread['mean']:.6g} +- {spread['deviation']:.6g} over {count} seeds"
+        found.append(f"{name:<28}{text}")
+    for name, value in report.get("difference", {}).items():
+        found.append(f"{name:<28}{_in_words(value)} difference")
     return found
+
+
+def _has(value: Any) -> bool:
+    return isinstance(value, Mapping) and "value" in value
+
+
+def _in_words(value: Mapping[str, Any]) -> str:
+    if value["low"] is None:
+        return f"{value['value']:.6g}"
+    return "{value:.6g} [{low:.6g}, {high:.6g}]".format(**value)

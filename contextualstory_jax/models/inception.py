@@ -227,7 +227,11 @@ class InceptionV3(nnx.Module):
 
     def features(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
         """Means over all positions of the last block's outputs."""
-        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.middle(x)))).mean(axis=(1, 2))
+        return self.top(self.middle(x))
+
+    def top(self, x: Float[Array, "b p q 768"]) -> Float[Array, "b 2048"]:
+        """The features, of what `middle` returned."""
+        return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean(axis=(1, 2))
 
     def middle(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b p q 768"]:
         """What the auxiliary classifier reads."""

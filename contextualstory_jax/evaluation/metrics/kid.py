@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from contextualstory_jax.evaluation.inception_features import inception
-from contextualstory_jax.evaluation.measurement import CONFIDENCE, Measurement
+from contextualstory_jax.evaluation.measurement import Measurement, quantile_interval
 from contextualstory_jax.utils.errors import require
 from contextualstory_jax.utils.interruption import check
 
@@ -38,13 +38,9 @@ def kid(measurement: Measurement) -> dict[str, Any]:
         size=options.kid_subset_size,
         seed=options.kid_seed,
     )
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values, (tail, 1 - tail))
     return {
         "kid": {
-            "value": float(values.mean()),
-            "low": float(low),
-            "high": float(high),
+            **quantile_interval(float(values.mean()), values)._asdict(),
             "deviation": float(values.std()),
             "subsets": options.kid_subsets,
             "subset_size": options.kid_subset_size,
