@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import grain
 import numpy as np
@@ -16,7 +16,6 @@ from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.folder import FolderSource
-from contextualstory_jax.data.latent_cache import EncodedStories
 from contextualstory_jax.data.prepared import PreparedSource, is_prepared, require_settings
 from contextualstory_jax.data.remote import local_copy
 from contextualstory_jax.data.shapes import TOKENIZER_DIR, ShapesSource
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOKENIZER_DIR",
+    "Readable",
     "Splits",
     "TokenizedStories",
     "WaitMeter",
@@ -145,6 +145,17 @@ def story_notes(
     return notes
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """Stories that are read in batches; pickling them is cheap."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, places: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """The arrays of a batch of (index, epoch)."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenizedStories:
     """The stories of a source, as images and token ids."""
@@ -170,7 +181,7 @@ class TokenizedStories:
 
 
 def batches(
-    stories: TokenizedStories | EncodedStories,
+    stories: Readable,
     batch_size: int,
     seed: int,
     first_step: int = 0,
@@ -213,7 +224,7 @@ def batches(
 class _ReadStep:
     """Some rows of the batch of a step."""
 
-    stories: TokenizedStories | EncodedStories
+    stories: Readable
     rows: tuple[int, ...]
 
     def __call__(self, step: int, numbers: Integer[np.ndarray, "n"]) -> dict[str, np.ndarray]:

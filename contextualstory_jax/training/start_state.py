@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -13,12 +13,22 @@ from contextualstory_jax.checkpoints.manager import Checkpoints, Damaged
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.distributed.multihost import all_succeed, by_first, say
 from contextualstory_jax.distributed.sharding import Placement
-from contextualstory_jax.models.story_model import Parts, StoryModel
+from contextualstory_jax.models.story_model import Parts
 from contextualstory_jax.training.train_step import TrainState, init_state
 from contextualstory_jax.utils.errors import require
 
 
-def abstract_state(model: StoryModel, config: TrainConfig, placement: Placement) -> TrainState:
+@runtime_checkable
+class Declared(Protocol):
+    """A model that declares its parameters."""
+
+    @property
+    def shapes(self) -> dict[str, dict]:
+        """Shape and dtype of every parameter, by part and name."""
+        ...
+
+
+def abstract_state(model: Declared, config: TrainConfig, placement: Placement) -> TrainState:
     """The shape, dtype and sharding of everything in the state.
 
     Raises `UserError` where `config.trainable` names no parameter.

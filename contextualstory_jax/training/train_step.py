@@ -204,6 +204,22 @@ def update(
     )
 
 
+def updated(
+    state: TrainState, value: Float[Array, ""], gradient: Parts, config: TrainConfig
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after `update` by a loss's value and gradient, and the step's metrics."""
+    tx = optimizer(config.optimizer, config.steps)
+    new = update(state, gradient, tx, config.optimizer.ema_decay)
+    change = jax.tree.map(jnp.subtract, new.params, state.params)
+    return new, {
+        "loss": value,
+        "grad_norm": optax.tree.norm(gradient),
+        "learning_rate": learning_rate(config.optimizer, config.steps)(state.step),
+        "param_norm": optax.tree.norm(new.params),
+        "update_norm": optax.tree.norm(change),
+    }
+
+
 def _cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
@@ -266,7 +282,6 @@ def optimizer_step(
     batch: Any,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after an update by a loss that is computed in `dtype`, and the step's metrics."""
-    tx = optimizer(config.optimizer, config.steps)
     # Parity: the original clamps alpha in forward, outside the graph: the gradient is not cut.
     state = dataclasses.replace(state, params=clamp(state.params))
     step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -288,15 +303,7 @@ def optimizer_step(
 
     value, motion, gradient = sum_over(micro, gradient_of)
     value, gradient = jax.tree.map(lambda x: x / config.accumulation_steps, (value, gradient))
-    metrics = {
-        "loss": value,
-        "grad_norm": optax.tree.norm(gradient),
-        "learning_rate": learning_rate(config.optimizer, config.steps)(state.step),
-    }
-    new = update(state, gradient, tx, config.optimizer.ema_decay)
-    change = jax.tree.map(jnp.subtract, new.params, state.params)
-    metrics["param_norm"] = optax.tree.norm(new.params)
-    metrics["update_norm"] = optax.tree.norm(change)
+    new, metrics = updated(state, value, gradient, config)
     new = dataclasses.replace(
         new,
         storyflow_sum=state.storyflow_sum + motion,

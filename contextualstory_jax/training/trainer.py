@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import clu.parameter_overview
 import jax
@@ -27,15 +28,13 @@ from contextualstory_jax.checkpoints.manager import Checkpoints, latest_step
 from contextualstory_jax.config.build import dotted
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.data.example import Example
-from contextualstory_jax.data.latent_cache import EncodedStories
 from contextualstory_jax.data.loader import (
+    Readable,
     Splits,
     TokenizedStories,
     WaitMeter,
-    batches,
     first_stories,
     open_splits,
-    process_rows,
     require_square,
     story_notes,
 )
@@ -59,10 +58,10 @@ from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_way
 from contextualstory_jax.models.flops import training_step_flops
 from contextualstory_jax.models.story_model import PARTS, Parts, StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
-from contextualstory_jax.models.vae import Moments
 from contextualstory_jax.sampling.arguments import stories_of
 from contextualstory_jax.sampling.pipeline import StoryPipeline
 from contextualstory_jax.training.cache_latents import open_latents, require_same_weights
+from contextualstory_jax.training.device_batches import device_batches
 from contextualstory_jax.training.init_params import (
     initial_params,
     tokenizer_folder,
@@ -73,7 +72,6 @@ from contextualstory_jax.training.progress import Profile, Progress, starting
 from contextualstory_jax.training.start_state import abstract_state, start_state, to_items
 from contextualstory_jax.training.train_step import (
     Batch,
-    Encoded,
     TrainState,
     make_train_step,
     make_validation,
@@ -83,7 +81,7 @@ from contextualstory_jax.utils import interruption
 from contextualstory_jax.utils.atomic import atomic_path
 from contextualstory_jax.utils.errors import UserError, require
 
-Step = Callable[[TrainState, Batch | Encoded], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 Flow = Callable[[TrainState], list[float]]  # the mean scene changes that sampling uses
 Validation = Callable[[TrainState], dict[str, float]]  # `validation_loss` among them
 
@@ -109,7 +107,7 @@ class Setup:
 class Objective:
     """The loss that a run optimizes, and how its states are measured and shown."""
 
-    stories: TokenizedStories | EncodedStories
+    stories: Readable
     flops: int  # of a step
     make_step: Callable[[TrainState], jax.stages.Wrapped]
     make_validation: Callable[[], Validation | None]
@@ -297,27 +295,6 @@ def open_writer(config: TrainConfig, workdir: Path, first_step: int) -> ScalarWr
     return ScalarWriter(workdir, first_step, config.wandb_project)
 
 
-def device_batches(
-    config: TrainConfig,
-    mesh: Mesh,
-    stories: TokenizedStories | EncodedStories,
-    first_step: int,
-) -> Iterator[Batch | Encoded]:
-    """Batches on the mesh, one for each step from `first_step` on; encoded ones from a cache."""
-    sharding = NamedSharding(mesh, BATCH)
-    rows, workers = process_rows(sharding, config.batch_size), config.data.workers
-    order = config.batch_size, config.seed, first_step
-    for arrays in batches(stories, *order, rows=rows, workers=workers):
-        arrays = {
-            name: jax.make_array_from_process_local_data(sharding, array)
-            for name, array in arrays.items()
-        }
-        if isinstance(stories, TokenizedStories):
-            yield Batch(**arrays)
-        else:
-            yield Encoded(Moments(arrays["mean"], arrays["logvar"]), arrays["text"])
-
-
 def generate_samples(
     model: StoryModel,
     config: TrainConfig,
@@ -386,9 +363,7 @@ class Run:
         self.checkpoints.save(step, items, meta, loss)
 
 
-def loop(
-    state: TrainState, train_step: Step, data: Iterator[Batch | Encoded], run: Run
-) -> TrainState:
+def loop(state: TrainState, train_step: Step, data: Iterator[Any], run: Run) -> TrainState:
     """Step until the config's end, SIGTERM or Ctrl-C; log, save, sample, profile."""
     config, first, stopped = run.config, int(state.step), False
     unchecked: list[tuple[int, dict[str, jax.Array]]] = []
