@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contextualstory_jax.config.config_files import NAME_OR_FILE, load_config
 from contextualstory_jax.config.train_config import DataConfig
-from contextualstory_jax.distributed.multihost import add_arguments, connect, is_first, say
+from contextualstory_jax.distributed.multihost import (
+    add_arguments,
+    by_first,
+    connect,
+    is_first,
+    say,
+)
 from contextualstory_jax.utils.cli import ArgumentParser, run
 from contextualstory_jax.utils.errors import require
 
 if TYPE_CHECKING:
+    from contextualstory_jax.evaluation.sample_split import Source
     from contextualstory_jax.sampling.pipeline import StoryPipeline
 
 SHAPES_STORIES = 64  # of those there is no end
@@ -52,6 +59,10 @@ def parse(
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: ema where it is")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="stories (8)")
+    group = parser.add_argument_group("measure the frames, too", "docs/tutorials/measure.md")
+    group.add_argument("--metrics", metavar="LIST", help="such as fid,kid; OUT/PROTOCOL.json")
+    group.add_argument("--protocol", default="pytorch-fid", metavar="NAME", help="(pytorch-fid)")
+    group.add_argument("--weights-dir", type=Path, metavar="DIR", help="of the networks")
     add_arguments(parser)
     arguments, overrides = parser.parse_with_overrides(argv)
     require(
@@ -84,6 +95,7 @@ def main(
 
     check_writable(arguments.out)
     use_compilation_cache()
+    measure_images = images_measurer(arguments)
     checkpoint = arguments.checkpoint or SHIPPED
     pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
     config = pipeline.model.config
@@ -95,11 +107,7 @@ def main(
     source = held_out_source(data, config.height)
     for note in story_notes(source, pipeline.tokenizer.truncation_note):
         say(note)
-    count = arguments.stories or (SHAPES_STORIES if data.name == "shapes" else len(source))
-    require(
-        count <= len(source),
-        f"the {source.split} split has {len(source)} stories; --stories {count} are more",
-    )
+    count = count_stories(arguments, data, source)
     stories = [story_of(source, number) for number in range(count)]
     settings = describe(arguments, data, pipeline, source.split, count, measured)
     gallery = Gallery(arguments.out, settings)
@@ -113,16 +121,55 @@ def main(
         disable=not is_first(),
     ) as bar:
         generate_split(models, source, stories, gallery, **how, progress=bar.update)
-    if not is_first():
-        return
-    gallery.write_settings()
-    if measured:
-        given = int(config.unet.is_continuation)
-        metrics = measure_split(source, stories, gallery, given)
-        write_json(arguments.out / "metrics.json", {"settings": settings, **metrics})
-        print(table(metrics) + "\n")
-    write_index(gallery, f"{data.name}: {settings['task']}", stories, rows)
-    print(f"{count} {'story' if count == 1 else 'stories'} in {arguments.out / 'index.html'}")
+
+    def finish() -> None:
+        gallery.write_settings()
+        if measured:
+            given = int(config.unet.is_continuation)
+            metrics = measure_split(source, stories, gallery, given)
+            write_json(arguments.out / "metrics.json", {"settings": settings, **metrics})
+            print(table(metrics) + "\n")
+        write_index(gallery, f"{data.name}: {settings['task']}", stories, rows)
+        print(f"{count} {'story' if count == 1 else 'stories'} in {arguments.out / 'index.html'}")
+
+    by_first(finish)
+    measure_images()
+
+
+def count_stories(arguments: argparse.Namespace, data: DataConfig, source: Source) -> int:
+    """How many stories to generate. Raises `UserError` for more than there are."""
+    count = arguments.stories or (SHAPES_STORIES if data.name == "shapes" else len(source))
+    require(
+        count <= len(source),
+        f"the {source.split} split has {len(source)} stories; --stories {count} are more",
+    )
+    return count
+
+
+def images_measurer(arguments: argparse.Namespace) -> Callable[[], None]:
+    """The measurement of the folder by `--metrics`, which does nothing without.
+
+    Names, protocol and weights are checked now. Raises `UserError` for wrong ones.
+    """
+    from contextualstory_jax.evaluation import report
+    from contextualstory_jax.evaluation.features import Features
+    from contextualstory_jax.evaluation.measurement import Options
+    from contextualstory_jax.evaluation.weights import Weights
+
+    if arguments.metrics is None:
+        return lambda: None
+    metrics = report.chosen_metrics(arguments.metrics)
+    protocol = report.chosen_protocol(arguments.protocol)
+    weights = Weights(arguments.weights_dir)
+    report.check_weights(metrics, weights)
+
+    def measure() -> None:
+        out, options = arguments.out, Options(seed=arguments.seed)
+        measurement = report.prepare(out, out, protocol, weights, Features(), options)
+        found = report.measure(metrics, measurement)
+        report.publish(found, out / f"{protocol.name}.json")
+
+    return measure
 
 
 def describe(

@@ -13,9 +13,11 @@ from PIL import Image
 
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.evaluate import main
+from contextualstory_jax.evaluation import inception_features
 from contextualstory_jax.evaluation.metrics.characters import METRICS, SUBSETS
 from contextualstory_jax.utils.cli import run
 from tests.conftest import write_untrained
+from tests.helpers.tiny_inception import tiny_network, write_weights
 
 STORIES = 3
 
@@ -80,6 +82,19 @@ def test_the_table_is_printed(evaluated):
     assert lines[0].split() == ["all", "frames", "(15)", "originals", "model", "untrained"]
     assert lines[1].startswith("character precision") and "1.000 [1.00, 1.00]" in lines[1]
     assert str(evaluated[0]) in lines[-1]
+
+
+def test_the_images_are_measured_by_protocol_too(evaluated, checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr(inception_features, "fid_network", tiny_network)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_weights(tmp_path / "weights")
+    given = f"--checkpoint {checkpoint} --out {evaluated[0]} --stories {STORIES}"
+
+    main(f"{given} --metrics fid --protocol clean-fid --weights-dir {tmp_path}/weights".split())
+
+    report = json.loads((evaluated[0] / "clean-fid.json").read_text())
+    assert report["fid"]["value"] > 1
+    assert (report["protocol"], report["count"]) == ("clean-fid", 5 * STORIES)
 
 
 def test_pictures_of_another_story_measure_badly(stories):
@@ -149,6 +164,9 @@ def test_in_continuation_the_first_frame_is_given_and_not_measured(readable_conf
         ("--checkpoint {tiny} --weights raw", "holds no raw weights"),
         ("--checkpoint {readable} --batch-size 0", "batch size must be at least 1; got 0"),
         ("--checkpoint {readable} --seed -1", "seed must be an integer in"),
+        ("--metrics fod", "no metric 'fod'; there are fid, kid"),
+        ("--metrics fid --protocol none", "no protocol 'none'; there are pytorch-fid"),
+        ("--metrics fid --weights-dir absent", "no absent/pt_inception-2015-12-05-6726825d.pth"),
         ("--wrong", "unrecognized arguments: --wrong"),
     ],
 )

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from contextualstory_jax.distributed.multihost import add_arguments, connect, is_first, say
+from contextualstory_jax.distributed.multihost import add_arguments, connect, is_first
 from contextualstory_jax.utils.cli import ArgumentParser, run
 
 
@@ -78,17 +78,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax mea
     from contextualstory_jax.evaluation.features import Features
     from contextualstory_jax.evaluation.measurement import Options
     from contextualstory_jax.evaluation.metrics.fid import reference_statistics
-    from contextualstory_jax.evaluation.protocols import PROTOCOLS
     from contextualstory_jax.evaluation.statistics import write_statistics
     from contextualstory_jax.evaluation.weights import Weights
-    from contextualstory_jax.utils.atomic import check_writable, write_json
-    from contextualstory_jax.utils.errors import require
+    from contextualstory_jax.utils.atomic import check_writable
 
     metrics = report.chosen_metrics(arguments.metrics)
-    require(
-        arguments.protocol in PROTOCOLS,
-        f"no protocol {arguments.protocol!r}; there are {', '.join(PROTOCOLS)}",
-    )
+    protocol = report.chosen_protocol(arguments.protocol)
     for file in (arguments.out, arguments.save_statistics):
         if file is not None:
             check_writable(file.parent)
@@ -96,7 +91,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax mea
     measurement = report.prepare(
         arguments.generated,
         arguments.reference,
-        arguments.protocol,
+        protocol,
         Weights(arguments.weights_dir),
         Features(arguments.batch_size),
         Options(
@@ -107,14 +102,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "contextualstory-jax mea
         ),
     )
     found = report.measure(metrics, measurement, seeds=arguments.seeds, compared=arguments.compare)
-    for line in report.lines(found):
-        say(line)
     if arguments.save_statistics is not None:
         first = reference_statistics(measurement)[0]
         if is_first():
             write_statistics(arguments.save_statistics, first)
-    if arguments.out is not None and is_first():
-        write_json(arguments.out, found)
+    report.publish(found, arguments.out)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Features:
         require(batch_size >= 1, f"--batch-size must be at least 1; got {batch_size}")
         self.batch_size = batch_size
         self.folder = folder or user_cache() / "features"
+        self._programs: dict[str, Callable[[Params, jax.Array], jax.Array]] = {}
 
     def __call__(
         self, extractor: Extractor, items: Sequence[Hashable]
@@ -101,12 +102,7 @@ class Features:
         # Every batch has one size, so that one program serves.
         largest = max(len(group) for group, _ in missing)
         size = min(self.batch_size, -(-largest // len(devices))) * len(devices)
-
-        @jax.jit
-        def program(params: Params, batch: jax.Array) -> jax.Array:
-            with jax.default_matmul_precision("highest"):
-                return extractor.compute(extractor.network.bind(params), batch)
-
+        program = self._program(extractor)
         total = sum(len(group) for group, _ in missing)
         bar = tqdm(
             total=total,
@@ -130,6 +126,15 @@ class Features:
                 _finish(running, rows, bar)
                 with atomic_path(file) as temporary, temporary.open("wb") as opened:
                     np.save(opened, np.concatenate(rows))
+
+    def _program(self, extractor: Extractor) -> Callable[[Params, jax.Array], jax.Array]:
+        """The compiled computation, one for all extractors of a name."""
+
+        def compute(params: Params, batch: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision("highest"):
+                return extractor.compute(extractor.network.bind(params), batch)
+
+        return self._programs.setdefault(extractor.name, jax.jit(compute))
 
 
 def _finish(running: tuple[jax.Array, int] | None, rows: list[np.ndarray], bar: tqdm) -> None:

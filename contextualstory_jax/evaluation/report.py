@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from contextualstory_jax import __version__
+from contextualstory_jax.distributed.multihost import is_first, say
 from contextualstory_jax.evaluation.features import Features
 from contextualstory_jax.evaluation.image_folders import ImageFolder, read_folder
 from contextualstory_jax.evaluation.measurement import (
@@ -22,8 +23,9 @@ from contextualstory_jax.evaluation.paired import (
     require_same_stories,
     shown,
 )
-from contextualstory_jax.evaluation.protocols import PROTOCOLS
+from contextualstory_jax.evaluation.protocols import PROTOCOLS, Protocol
 from contextualstory_jax.evaluation.weights import Weights
+from contextualstory_jax.utils.atomic import write_json
 from contextualstory_jax.utils.errors import require
 
 
@@ -35,10 +37,23 @@ def chosen_metrics(text: str) -> list[str]:
     return names
 
 
+def chosen_protocol(name: str) -> Protocol:
+    """A protocol by its name. Raises `UserError` where there is none."""
+    require(name in PROTOCOLS, f"no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def check_weights(metrics: Iterable[str], weights: Weights) -> None:
+    """Find or download the files of metrics. Raises `UserError` where one cannot be had."""
+    for name in metrics:
+        for file in METRICS[name].files:
+            weights.path(file)
+
+
 def prepare(
     generated: Path,
     reference: Path,
-    protocol: str,
+    protocol: Protocol,
     weights: Weights,
     features: Features,
     options: Options,
@@ -47,11 +62,10 @@ def prepare(
 
     Raises `UserError` where a folder holds no images, or the protocol does not apply.
     """
-    named = PROTOCOLS[protocol]
     ours, theirs = read_folder(generated, "generated"), read_reference(reference)
     if isinstance(theirs, ImageFolder):
-        theirs = named.select(theirs)
-    return Measurement(named.select(ours), theirs, named, weights, features, options)
+        theirs = protocol.select(theirs)
+    return Measurement(protocol.select(ours), theirs, protocol, weights, features, options)
 
 
 def measure(
@@ -100,6 +114,17 @@ def measure(
         "seed": measurement.options.seed,
         "version": __version__,
     }
+
+
+def publish(report: Mapping[str, Any], path: Path | None) -> None:
+    """Print the values and, where there is a path, write the report; in the first process.
+
+    Raises `UserError` where it cannot be written.
+    """
+    for line in lines(report):
+        say(line)
+    if path is not None and is_first():
+        write_json(path, report)
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
