@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from contextualstory_jax.conversion import torch_names
 from contextualstory_jax.conversion.tensor_files import read_pickle, read_safetensors
-from contextualstory_jax.distributed.multihost import by_first
+from contextualstory_jax.distributed.multihost import by_first, is_first
 from contextualstory_jax.models.network import Network, Params
 from contextualstory_jax.utils.atomic import atomic_path
 from contextualstory_jax.utils.errors import UserError, require
@@ -95,7 +95,8 @@ class Weights:
         self.sha256[name] = digest
         if not verified and name not in self.unverified:
             self.unverified.append(name)
-            logger.warning("%s has an unknown checksum: recorded as unverified", name)
+            if is_first():
+                logger.warning("%s has an unknown checksum: recorded as unverified", name)
 
 
 def read(path: Path, network: Network) -> Params:

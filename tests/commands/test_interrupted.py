@@ -15,9 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from contextualstory_jax.checkpoints.manager import latest_step
 from contextualstory_jax.config.config_files import load_config
+from contextualstory_jax.conversion.torch_names import torch_key, torch_shape
+from contextualstory_jax.evaluation.inception_features import fid_network
+from contextualstory_jax.testing.parity_weights import torch_weight
 from contextualstory_jax.testing.published_folders import write_pororo
 from tests.conftest import write_untrained
 from tests.conversion.test_import_torch import tiny_folder
@@ -69,7 +73,19 @@ def given(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         "checkpoint": tiny_checkpoint,
         "encoders": write_untrained(load_config(CACHES).model, root / "encoders"),
         "released": tiny_folder(root),
+        "weights": inception_weights(root / "weights"),
     }
+
+
+def inception_weights(folder: Path) -> Path:
+    """A folder with weights of FID's InceptionV3 that follow from names."""
+    folder.mkdir()
+    tensors = {}
+    for name, declared in fid_network().shapes.items():
+        key = torch_key(name, len(declared.shape))
+        tensors[key] = torch_weight(key, torch_shape(name, declared.shape), 0)
+    save_file(tensors, folder / "fid_inception.safetensors")
+    return folder
 
 
 def arguments(command: str, given: dict[str, Path], out: Path) -> list[str]:
@@ -87,6 +103,7 @@ def arguments(command: str, given: dict[str, Path], out: Path) -> list[str]:
         "storyflow-mean": [*encodes, "--write"],
         "convert": [given["released"], out],
         "export": [given["encoders"], out],
+        "measure": [given["stories"], given["stories"], "--weights-dir", given["weights"]],
     }
     return [str(word) for word in words[command]]
 
@@ -135,7 +152,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("log") / "log.txt"
 
 
-COMMANDS = "train generate evaluate prepare cache-latents storyflow-mean convert export".split()
+COMMANDS = (
+    "train generate evaluate prepare cache-latents storyflow-mean convert export measure".split()
+)
 MODULES = [f"contextualstory_jax {command}" for command in COMMANDS]
 MODULES += [f"contextualstory_jax.{command}" for command in COMMANDS[:3]]
 
@@ -167,6 +186,7 @@ PHASES = {
     "storyflow-mean, encoding": ("Compiling jit(_picture_moments)", LOGGED),
     "convert, writing": (".out.partial", {}),
     "export, writing": (".out.partial", {}),
+    "measure, compiling": ("Compiling jit(compute)", COMPILING),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from contextualstory_jax.distributed.multihost import is_first
 from contextualstory_jax.evaluation.image_folders import ImageFolder
 from contextualstory_jax.evaluation.inception_features import inception
 from contextualstory_jax.evaluation.measurement import Measurement, jackknife_interval
@@ -101,7 +102,7 @@ def _check_count(folder: ImageFolder) -> None:
     """Warn of few images. Raises `UserError` for one."""
     count = len(folder.frames)
     require(count >= 2, f"{folder.path} holds one image; FID needs two, and 2,048 to be meaningful")
-    if count < FEATURES:
+    if count < FEATURES and is_first():
         logger.warning(
             "%s holds %d images, fewer than FID has features (%d): its value depends on their "
             "number; compare it with values of equally many only",
