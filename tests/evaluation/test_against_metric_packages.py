@@ -278,7 +278,9 @@ def test_fid_and_kid_are_torch_fidelitys(folders, state, weights, tmp_path):
 
 
 @pytest.mark.heavy
-def test_features_take_at_most_three_times_as_long(folders, state, weights, monkeypatch, tmp_path):
+def test_features_take_at_most_three_times_the_cpu_time(
+    folders, state, weights, monkeypatch, tmp_path
+):
     model = pytorch_fid_model(state, monkeypatch)
     extractor, features = inception(PROTOCOLS["pytorch-fid"], weights), Features(25, tmp_path)
     files = sorted(folders[0].glob("*.png"))[:100]
@@ -294,8 +296,8 @@ def test_features_take_at_most_three_times_as_long(folders, state, weights, monk
     seconds = {}
     for name, run in (("ours", ours), ("theirs", theirs)):
         run()  # compiles, and reads the files
-        begun = time.perf_counter()
+        begun = time.process_time()
         run()
-        seconds[name] = time.perf_counter() - begun
-    print(f"seconds for 100 images: {seconds}")
-    within("time over pytorch-fid's", seconds["ours"] / seconds["theirs"], 3)
+        seconds[name] = time.process_time() - begun
+    print(f"seconds of CPU time for 100 images: {seconds}")
+    within("CPU time over pytorch-fid's", seconds["ours"] / seconds["theirs"], 3)
