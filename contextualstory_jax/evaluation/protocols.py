@@ -7,6 +7,7 @@ torch-fidelity's FID differ, and each repository of the field resizes and select
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,12 +18,16 @@ from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.flintstones import FlintstonesSource
 from contextualstory_jax.data.loader import held_out_source
 from contextualstory_jax.data.pororo import PororoSource
+from contextualstory_jax.data.prepared import PreparedSource
+from contextualstory_jax.distributed.multihost import is_first
 from contextualstory_jax.evaluation.image_folders import ImageFolder
 from contextualstory_jax.utils.errors import UserError, require
 
 Resize = Literal["bilinear", "tensorflow1", "clean"]
 ClassifierInput = Literal["symmetric", "unit", "imagenet"]
 SAMPLES = 10  # of reference frames, where they are random
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +135,8 @@ def random_references(folder: ImageFolder, seed: int) -> list[ImageFolder]:
     """`SAMPLES` times the frames of a folder's originals, each a random image of its file.
 
     They are read from the dataset itself, which the folder's settings name; empty where its files
-    hold one image a frame. Equal seeds give equal samples.
+    hold one image a frame, and, with a warning, where it is prepared. Equal seeds give equal
+    samples.
 
     Raises `UserError` where the dataset is not there.
     """
@@ -141,6 +147,13 @@ def random_references(folder: ImageFolder, seed: int) -> list[ImageFolder]:
         raise UserError(
             f"the protocol takes random images of the dataset, which cannot be read: {error}"
         ) from error
+    if isinstance(source, PreparedSource) and is_first():
+        logger.warning(
+            "%s is prepared: its originals are the only sample of reference frames; generate from "
+            "the published folder for %d",
+            data.root,
+            SAMPLES,
+        )
     columns = isinstance(source, PororoSource) and source.captions == "original"
     if not (columns or isinstance(source, FlintstonesSource)):
         return []

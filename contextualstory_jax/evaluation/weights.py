@@ -12,6 +12,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from contextualstory_jax.conversion import torch_names
 from contextualstory_jax.conversion.tensor_files import read_pickle, read_safetensors
 from contextualstory_jax.distributed.multihost import by_first, is_first
@@ -114,7 +116,9 @@ def read(path: Path, network: Network) -> Params:
         + (f"; and {len(problems) - 2} more" if len(problems) > 2 else "")
         + "; take the file that is named after this network",
     )
-    return torch_names.convert({key: t.read() for key, t in tensors.items()}, network.shapes)
+    values = {key: tensor.read() for key, tensor in tensors.items()}
+    converted = torch_names.convert(values, network.shapes)
+    return {name: value.astype(np.float32) for name, value in converted.items()}
 
 
 def sha256(path: Path) -> str:

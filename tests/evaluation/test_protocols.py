@@ -12,6 +12,7 @@ from PIL import Image
 from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.images import read_column
 from contextualstory_jax.data.pororo import PororoSource
+from contextualstory_jax.data.preparation import prepare
 from contextualstory_jax.evaluation.image_folders import Frame, ImageFolder, read_folder, read_rgb
 from contextualstory_jax.evaluation.inception_features import (
     resize_bilinear,
@@ -124,6 +125,16 @@ def test_a_dataset_with_one_image_a_frame_has_no_random_ones(pororo):
     )
 
     assert random_references(read_folder(pororo / "results", "original"), 0) == []
+
+
+def test_a_prepared_dataset_is_warned_of(pororo, tmp_path, caplog):
+    data = DataConfig(name="pororo", root=str(pororo / "data"), captions="original")
+    prepare(data, tmp_path / "shards", 16)
+    prepared = dataclasses.replace(data, root=str(tmp_path / "shards"))
+    write_results(tmp_path / "out", stories=1, data=prepared)
+
+    assert random_references(read_folder(tmp_path / "out", "original"), 0) == []
+    assert "shards is prepared: its originals are the only sample" in caplog.text
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path):
