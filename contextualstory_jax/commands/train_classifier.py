@@ -15,6 +15,8 @@ from contextualstory_jax.utils import interruption
 from contextualstory_jax.utils.cli import ArgumentParser, run
 from contextualstory_jax.utils.errors import require
 
+IMAGENET = "inception_v3_google-0cc3c7bd.pth"  # with the beginning of its SHA-256
+
 
 def parse(
     argv: Sequence[str] | None = None, prog: str | None = None
@@ -36,7 +38,7 @@ def parse(
         "--init-from",
         type=Path,
         metavar="FILE",
-        help="torchvision's ImageNet weights, inception_v3_google-0cc3c7bd.pth; default: none",
+        help=f"torchvision's ImageNet weights, {IMAGENET}; default: none",
     )
     parser.add_argument("--epochs", type=int, default=50, metavar="N", help="(50)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="frames (8)")
@@ -60,9 +62,17 @@ def main(
     arguments, data = parse(argv, prog)
     connect(arguments)
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.
+    from contextualstory_jax.evaluation.weights import sha256
     from contextualstory_jax.training.train_classifier import train_classifier
     from contextualstory_jax.training.trainer import NonFiniteLoss
 
+    if arguments.init_from is not None:
+        digest = sha256(arguments.init_from)
+        require(
+            arguments.init_from.name != IMAGENET or digest[:8] in IMAGENET,
+            f"{arguments.init_from} is damaged or another file: its SHA-256 begins with "
+            f"{digest[:8]}; download it again, or rename it",
+        )
     try:
         train_classifier(
             data,

@@ -9,6 +9,7 @@ Source: StoryViz `train_classifier.py`, which trains all weights from ImageNet's
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -154,45 +155,59 @@ def train_classifier(
     check_writable(workdir)
     frames = LabelledFrames(source, classifier.characters)
     frames.read([(0, 0)])  # which refuses a dataset without labels, before anything is written
-    placement = Placement(mesh)
-    abstract = abstract_state(classifier, config, placement)
-    fresh = latest_step(workdir) is None
-    params = {PART: initial_params(classifier.network, init_from, seed)} if fresh else None
-    objective = Objective(
-        stories=frames,
-        flops=FLOPS * batch_size,
-        make_step=lambda state: make_step(classifier, config, placement, state),
-        make_validation=lambda: validation(classifier, data, seed),
-        generate_samples=lambda writer, state: None,
-        flow=lambda state: [],
-    )
-    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, StopRequest() as stop:
-        state = start_state(abstract, params, config, checkpoints)
-        first = int(state.step)
-        if first < config.steps:
-            say(starting(config, workdir, first))
-            say(compiling("training step", len(classifier.network.shapes), TRAINING_SECONDS))
-            step = compiled_together(objective.make_step(state))
-            batches = device_frames(config, mesh, frames, first)
-            writer = open_writer(config, workdir, first)
-            run = Run(
-                config, workdir, checkpoints, writer, stop, objective, objective.make_validation()
-            )
-            state = loop(state, step, batches, run)
-            writer.close()
+    state = optimize(classifier, frames, config, workdir, Placement(mesh))
     if int(state.step) >= config.steps:
         write(workdir / f"characters_{data.name}.safetensors", classifier.network, state)
     return state
 
 
-def initial_params(network: Network, path: Path | None, seed: int) -> Params:
+def optimize(
+    classifier: Classifier,
+    frames: LabelledFrames,
+    config: TrainConfig,
+    workdir: Path,
+    placement: Placement,
+) -> TrainState:
+    """Run from the workdir's last checkpoint, if any, and return the last state.
+
+    Raises as `train_classifier` does.
+    """
+    network, mesh = classifier.network, placement.mesh
+    fresh = latest_step(workdir) is None
+    params = {PART: initial_params(network, config.init_from, config.seed)} if fresh else None
+    objective = Objective(
+        stories=frames,
+        flops=FLOPS * config.batch_size,
+        make_step=lambda state: make_step(network, config, placement, state),
+        make_validation=lambda: validation(classifier, config.data),
+        generate_samples=lambda writer, state: None,
+        flow=lambda state: [],
+    )
+    with Checkpoints(workdir, config.keep_checkpoints) as checkpoints, StopRequest() as stop:
+        abstract = abstract_state(classifier, config, placement)
+        state = start_state(abstract, params, config, checkpoints)
+        first = int(state.step)
+        if first >= config.steps:
+            say(f"already finished at step {first}; raise --epochs to train longer")
+            return state
+        say(starting(config, workdir, first))
+        step = compiled_together(objective.make_step(state))
+        validate = objective.make_validation()
+        with contextlib.closing(open_writer(config, workdir, first)) as writer:
+            run = Run(config, workdir, checkpoints, writer, stop, objective, validate)
+            say(compiling("training step", len(network.shapes), TRAINING_SECONDS))
+            return loop(state, step, device_frames(config, mesh, frames, first), run)
+
+
+def initial_params(network: Network, file: str | None, seed: int) -> Params:
     """Fresh parameters or, from a file of ImageNet's, all but the last layers'.
 
     Raises `UserError` where the file is not torchvision's InceptionV3.
     """
     params = network.init(seed)
-    if path is None:
+    if file is None:
         return params
+    path = Path(file)
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     kept = {name: shape for name, shape in network.shapes.items() if not _is_last(name)}
     dead = torch_names.match_tensors(tensors, kept).dead.values()
@@ -260,13 +275,13 @@ def classifier_step(
 
 
 def make_step(
-    classifier: Classifier, config: TrainConfig, placement: Placement, state: TrainState
+    network: Network[InceptionV3], config: TrainConfig, placement: Placement, state: TrainState
 ) -> jax.stages.Wrapped:
     """The jitted step."""
-    return jitted_step(classifier_step, (classifier.network, config), placement, state)
+    return jitted_step(classifier_step, (network, config), placement, state)
 
 
-def validation(classifier: Classifier, data: DataConfig, seed: int) -> Validation | None:
+def validation(classifier: Classifier, data: DataConfig) -> Validation | None:
     """Loss and frame accuracy on frames of the validation split; None where it has no stories."""
     try:
         source = open_stories(data, "val", SIDE)

@@ -139,7 +139,7 @@ def test_imagenet_s_weights_are_taken_but_for_the_last_layers(tmp_path):
     tensors["bn.num_batches_tracked"] = np.array(7)
     save_file(tensors, tmp_path / "imagenet.safetensors")
 
-    params = initial_params(ours, tmp_path / "imagenet.safetensors", seed=1)
+    params = initial_params(ours, str(tmp_path / "imagenet.safetensors"), seed=1)
 
     fresh, theirs = ours.init(1), imagenet.init(3)
     np.testing.assert_array_equal(params["conv.kernel"], theirs["conv.kernel"])
@@ -148,7 +148,7 @@ def test_imagenet_s_weights_are_taken_but_for_the_last_layers(tmp_path):
     del tensors["conv.weight"]
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"conv\.weight: missing"):
-        initial_params(ours, tmp_path / "other.safetensors", seed=1)
+        initial_params(ours, str(tmp_path / "other.safetensors"), seed=1)
 
 
 def test_what_cannot_be_trained_on_is_refused_and_nothing_is_written(tmp_path, data):
@@ -162,4 +162,8 @@ def test_what_cannot_be_trained_on_is_refused_and_nothing_is_written(tmp_path, d
         command.main([*arguments, "--config.steps=3"])
     with pytest.raises(UserError, match="--epochs must be at least 1"):
         command.main([*arguments, "--epochs", "0"])
+    damaged = tmp_path / command.IMAGENET
+    damaged.write_bytes(b"cut off")
+    with pytest.raises(UserError, match="is damaged or another file: its SHA-256 begins with"):
+        command.main([*arguments, "--init-from", str(damaged)])
     assert not (tmp_path / "work").exists()
