@@ -85,12 +85,15 @@ class Features:
             self._compute(extractor, missing)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("features are computed")
-        loaded = [_load(file, len(group)) for group, file in zip(groups, files, strict=True)]
-        for file, features in zip(files, loaded, strict=True):
-            require(
-                features is not None,
-                f"{file} is not there; all processes must share one cache folder (XDG_CACHE_HOME)",
-            )
+        loaded = []
+        for group, file in zip(groups, files, strict=True):
+            features = _load(file, len(group))
+            if features is None:
+                raise UserError(
+                    f"{file} is not there; all processes must share one cache folder "
+                    "(XDG_CACHE_HOME)"
+                )
+            loaded.append(features)
         return np.concatenate(loaded)
 
     def _compute(self, extractor: Extractor, missing: Sequence[tuple[Sequence, Path]]) -> None:

@@ -154,12 +154,18 @@ def random_references(folder: ImageFolder, seed: int) -> list[ImageFolder]:
             data.root,
             SAMPLES,
         )
-    columns = isinstance(source, PororoSource) and source.captions == "original"
-    if not (columns or isinstance(source, FlintstonesSource)):
+    if not isinstance(source, (PororoSource, FlintstonesSource)):
+        return []
+    if isinstance(source, PororoSource) and source.captions == "blip2":
         return []
     paths = {}
     for first, *_ in folder.stories():
-        number, _, _ = first.story.partition("-")
+        number = first.story.partition("-")[0]
+        require(
+            number.isdecimal() and int(number) < len(source),
+            f"{folder.path} has the story {first.story}, which is not in {data.root}; name its "
+            "dataset as data.root in settings.json",
+        )
         paths[first.story] = source.story(int(number)).paths
 
     def sample(number: int) -> ImageFolder:

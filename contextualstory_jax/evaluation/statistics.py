@@ -115,7 +115,7 @@ def distances_without(
     centred = features - mean
     projected = centred @ root_b
     if len(projected) < projected.shape[1]:  # the same scatter, in as many axes as there are rows
-        projected = np.linalg.qr(projected.T, mode="r").T
+        projected = np.asarray(np.linalg.qr(projected.T, mode="r")).T
     scatter, squares = projected.T @ projected, np.einsum("nd,nd->n", centred, centred)
     found = []
     for rows in groups:

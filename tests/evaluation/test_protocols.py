@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from contextualstory_jax.config.train_config import DataConfig
-from contextualstory_jax.data.images import read_column
+from contextualstory_jax.data.flintstones import FlintstonesSource
+from contextualstory_jax.data.images import read_column, read_from_array
 from contextualstory_jax.data.pororo import PororoSource
 from contextualstory_jax.data.preparation import prepare
 from contextualstory_jax.evaluation.image_folders import Frame, ImageFolder, read_folder, read_rgb
@@ -20,7 +21,11 @@ from contextualstory_jax.evaluation.inception_features import (
     sample_points,
 )
 from contextualstory_jax.evaluation.protocols import PROTOCOLS, SAMPLES, random_references
-from contextualstory_jax.testing.published_folders import write_pororo, write_story_folder
+from contextualstory_jax.testing.published_folders import (
+    write_flintstones,
+    write_pororo,
+    write_story_folder,
+)
 from contextualstory_jax.utils.errors import UserError
 from tests.helpers.results_folder import write_results
 
@@ -116,6 +121,29 @@ def test_random_reference_frames_are_seeded_and_of_the_right_files(pororo):
             column = read_column(frame.path)
             expected = column[frame.choice % len(column)]
             assert np.array_equal(read_rgb(frame.item), expected)
+
+
+def test_random_reference_frames_of_flintstones(tmp_path):
+    write_flintstones(tmp_path / "data")
+    data = DataConfig(name="flintstones", root=str(tmp_path / "data"))
+    write_results(tmp_path / "out", stories=2, data=data)
+
+    first, *_ = samples = random_references(read_folder(tmp_path / "out", "original"), 0)
+
+    assert len(samples) == SAMPLES
+    paths = FlintstonesSource(tmp_path / "data", "test", 16).story(1).paths
+    assert tuple(frame.path for frame in first.frames[5:]) == paths
+    images = [np.asarray(read_rgb(frame.item)) for frame in first.frames]
+    for image, frame in zip(images, first.frames, strict=True):
+        assert np.array_equal(image, read_from_array(frame.path, frame.choice))
+
+
+def test_a_dataset_with_fewer_stories_is_refused(pororo, tmp_path):
+    data = DataConfig(name="pororo", root=str(pororo / "data"), captions="original")
+    write_results(tmp_path, stories=4, data=data)
+
+    with pytest.raises(UserError, match="the story 00003-s3, which is not in"):
+        random_references(read_folder(tmp_path, "original"), 0)
 
 
 def test_a_dataset_with_one_image_a_frame_has_no_random_ones(pororo):
