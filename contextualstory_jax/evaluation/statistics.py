@@ -77,10 +77,11 @@ def _sum_of_roots(gram: Float64[np.ndarray, "r r"]) -> float:
 def frechet_distance(
     a: Statistics, b: Statistics, root_b: Float64[np.ndarray, "d r"] | None = None
 ) -> float:
-    """The squared distance of two normal distributions: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2).
+    """The squared distance of two normal distributions.
 
-    The trace of the root is that of the symmetric R^T A R with B = R R^T. Where no eigenvalues are
-    found, 1e-6 is added to both diagonals, as is usual.
+    It is `|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2)`, and the trace of that root is the one of the
+    symmetric `R^T A R` with `B = R R^T`. Where no eigenvalues are found, 1e-6 is added to both
+    diagonals for it, as is usual.
 
     Args:
         root_b: `root(b.sigma)`, where it is known.
