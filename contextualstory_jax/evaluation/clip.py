@@ -30,7 +30,7 @@ from contextualstory_jax.conversion.tensor_files import find_weights
 from contextualstory_jax.evaluation.features import Extractor
 from contextualstory_jax.evaluation.image_folders import ImageFolder, Item, read_rgb
 from contextualstory_jax.evaluation.measurement import Measurement
-from contextualstory_jax.evaluation.weights import read, sha256
+from contextualstory_jax.evaluation.weights import Weights, read, sha256
 from contextualstory_jax.models.clip_vision import CLIPModel
 from contextualstory_jax.models.network import Network, Params
 from contextualstory_jax.models.tokenizer import Tokenizer
@@ -83,10 +83,10 @@ class CLIP:
         return measurement.features(extractor, sentences)
 
 
-def of_measurement(measurement: Measurement) -> CLIP:
-    """The model in the folder of weights, recorded. Raises `UserError` where there is none."""
-    found = load_clip(measurement.weights.folder / NAME)
-    measurement.weights.record(NAME, found.sha256, verified=False)
+def clip_of(weights: Weights) -> CLIP:
+    """The model in a folder of weights, recorded. Raises `UserError` where there is none."""
+    found = load_clip(weights.folder / NAME)
+    weights.record(NAME, found.sha256, verified=False)
     return found
 
 

@@ -58,15 +58,26 @@ class Measurement(NamedTuple):
         return self.reference
 
 
+def _nothing(_: object) -> None: ...
+
+
 class Metric(NamedTuple):
-    """A metric: its function, the weights it uses, and what the folders must have."""
+    """A metric: its function, the weights it uses, and what the folders must have.
+
+    `model` and `check` raise `UserError` for what is missing, before anything is computed.
+    """
 
     measure: Callable[[Measurement], dict[str, Any]]  # values by name, as they stand in the report
     files: tuple[WeightsFile, ...] = ()
     needs: frozenset[Need] = frozenset()
-    check: Callable[[Measurement], object] = lambda _: (
-        None
-    )  # raises `UserError` for what is missing
+    model: Callable[[Weights], object] = _nothing  # reads one that is not a single file
+    check: Callable[[Measurement], object] = _nothing
+
+    def find_weights(self, weights: Weights) -> None:
+        """Find or download all weights. Raises `UserError` where some cannot be had."""
+        for file in self.files:
+            weights.path(file)
+        self.model(weights)
 
 
 class Interval(NamedTuple):
@@ -117,8 +128,7 @@ def check_needs(metrics: Iterable[tuple[str, Metric]], measurement: Measurement)
         for need, (has, what) in there.items():
             require(need not in metric.needs or has, f"--metrics {name} needs {what}")
         metric.check(measurement)
-        for file in metric.files:
-            measurement.weights.path(file)
+        metric.find_weights(measurement.weights)
 
 
 def mean_interval(

@@ -44,10 +44,9 @@ def chosen_protocol(name: str) -> Protocol:
 
 
 def check_weights(metrics: Iterable[str], weights: Weights) -> None:
-    """Find or download the files of metrics. Raises `UserError` where one cannot be had."""
+    """Find or download the weights of metrics. Raises `UserError` where some cannot be had."""
     for name in metrics:
-        for file in METRICS[name].files:
-            weights.path(file)
+        METRICS[name].find_weights(weights)
 
 
 def prepare(

@@ -13,6 +13,7 @@ from contextualstory_jax.evaluation.image_folders import Frame
 from contextualstory_jax.evaluation.measurement import Options
 from contextualstory_jax.evaluation.metrics.clip_scores import cosines, sharing_pairs
 from contextualstory_jax.evaluation.metrics.r_precision import retrieved
+from contextualstory_jax.evaluation.protocols import PROTOCOLS
 from contextualstory_jax.evaluation.report import measure, prepare
 from contextualstory_jax.evaluation.weights import Weights
 from contextualstory_jax.utils.errors import UserError
@@ -24,7 +25,9 @@ from tests.helpers.tiny_inception import write_images
 
 def measurement(folder: Path, reference: Path, weights: Path):
     features = Features(4, weights / "features")
-    return prepare(folder, reference, "pytorch-fid", Weights(weights), features, Options())
+    return prepare(
+        folder, reference, PROTOCOLS["pytorch-fid"], Weights(weights), features, Options()
+    )
 
 
 def frame(story: str, *characters: str) -> Frame:

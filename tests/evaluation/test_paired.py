@@ -13,6 +13,7 @@ from contextualstory_jax.evaluation.measurement import (
     mean_interval,
 )
 from contextualstory_jax.evaluation.paired import over_seeds
+from contextualstory_jax.evaluation.protocols import PROTOCOLS
 from contextualstory_jax.evaluation.report import lines, measure, prepare
 from contextualstory_jax.evaluation.weights import Weights
 from contextualstory_jax.utils.errors import UserError
@@ -82,7 +83,7 @@ def test_a_report_has_differences_and_seeds(tmp_path):
         for name, seed, noise in (("near", 0, 0.2), ("noisy", 0, 0.6), ("again", 1, 0.2))
     )
     features = Features(4, tmp_path / "features")
-    asked = prepare(near, near, "pytorch-fid", Weights(tmp_path), features, Options())
+    asked = prepare(near, near, PROTOCOLS["pytorch-fid"], Weights(tmp_path), features, Options())
 
     report = measure(["clip"], asked, seeds=[again], compared=noisy)
 
@@ -99,7 +100,9 @@ def test_a_report_has_differences_and_seeds(tmp_path):
 
 
 def prepare_generated(folder, asked):
-    made = prepare(folder, folder, "pytorch-fid", asked.weights, asked.features, asked.options)
+    made = prepare(
+        folder, folder, PROTOCOLS["pytorch-fid"], asked.weights, asked.features, asked.options
+    )
     return made.generated
 
 
@@ -107,7 +110,7 @@ def test_folders_of_other_stories_are_not_compared(tmp_path):
     write_clip(tmp_path)
     six, five = (write_noisy_results(tmp_path / f"of{n}", n) for n in (6, 5))
     features = Features(4, tmp_path / "features")
-    asked = prepare(six, six, "pytorch-fid", Weights(tmp_path), features, Options())
+    asked = prepare(six, six, PROTOCOLS["pytorch-fid"], Weights(tmp_path), features, Options())
 
     with pytest.raises(UserError, match="hold different frames, such as 00005-s5 in one alone"):
         measure(["clip"], asked, compared=five)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from contextualstory_jax.evaluation.clip import of_measurement
+from contextualstory_jax.evaluation.clip import clip_of
 from contextualstory_jax.evaluation.image_folders import Frame
 from contextualstory_jax.evaluation.measurement import Measurement, mean_interval
 
@@ -26,7 +26,7 @@ def clip_scores(measurement: Measurement) -> dict[str, Any]:
 
     Raises `UserError` where there is no CLIP model.
     """
-    clip = of_measurement(measurement)
+    clip = clip_of(measurement.weights)
     frames = measurement.generated.frames
     stories = [frame.story for frame in frames]
     images = clip.images(measurement, measurement.generated)

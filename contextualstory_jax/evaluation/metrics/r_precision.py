@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
-from contextualstory_jax.evaluation.clip import of_measurement
+from contextualstory_jax.evaluation.clip import clip_of
 from contextualstory_jax.evaluation.measurement import Measurement, mean_interval
 from contextualstory_jax.utils.errors import require
 
@@ -22,7 +22,7 @@ TRIALS = 10
 
 
 def require_sentences(measurement: Measurement) -> None:
-    """Raise `UserError` for fewer than 100 sentences, and where there is no CLIP model."""
+    """Raise `UserError` for fewer than 100 different sentences."""
     folder = measurement.generated
     count = len({frame.sentence for frame in folder.frames})
     require(
@@ -30,7 +30,6 @@ def require_sentences(measurement: Measurement) -> None:
         f"clip-r-precision compares {DISTRACTORS + 1} different sentences, and {folder.path} has "
         f"{count}; generate more stories",
     )
-    of_measurement(measurement)
 
 
 def clip_r_precision(measurement: Measurement) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def clip_r_precision(measurement: Measurement) -> dict[str, Any]:
     frames = measurement.generated.frames
     sentences = [frame.sentence or "" for frame in frames]
     numbers = {sentence: n for n, sentence in enumerate(dict.fromkeys(sentences))}
-    clip = of_measurement(measurement)
+    clip = clip_of(measurement.weights)
     images = clip.images(measurement, measurement.generated)
     text = clip.text(measurement, list(numbers))
     own = [numbers[sentence] for sentence in sentences]

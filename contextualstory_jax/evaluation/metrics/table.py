@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextualstory_jax.evaluation.clip import of_measurement
+from contextualstory_jax.evaluation.clip import clip_of
 from contextualstory_jax.evaluation.inception_features import FID_WEIGHTS
 from contextualstory_jax.evaluation.measurement import Metric
 from contextualstory_jax.evaluation.metrics.classified import characters, require_classifier
@@ -19,8 +19,11 @@ METRICS = {
     "characters": Metric(
         characters, needs=frozenset({"stories", "characters"}), check=require_classifier
     ),
-    "clip": Metric(clip_scores, needs=frozenset({"images", "pairs"}), check=of_measurement),
+    "clip": Metric(clip_scores, needs=frozenset({"images", "pairs"}), model=clip_of),
     "clip-r-precision": Metric(
-        clip_r_precision, needs=frozenset({"sentences"}), check=require_sentences
+        clip_r_precision,
+        needs=frozenset({"sentences"}),
+        model=clip_of,
+        check=require_sentences,
     ),
 }
