@@ -1,7 +1,7 @@
 """R(2+1)D-18, whose features of a story's frames the Frechet story distance compares.
 
-Modules nest and are named as in torchvision's `r2plus1d_18`; what its `Sequential`s number, lists
-hold at the same numbers.
+Modules nest and are named as in torchvision's `r2plus1d_18`. Lists take the place of its instances
+of `Sequential`, with the same numbers.
 """
 
 from __future__ import annotations
