@@ -117,6 +117,11 @@ def read_config(path: Path) -> CLIPConfig:
     defaults = dataclasses.asdict(VisionEncoderConfig())
     text = _encoder(path, values, "text_config", TextEncoderConfig, TEXT_ENCODER)
     vision = _encoder(path, values, "vision_config", VisionEncoderConfig, defaults)
+    end = (values.get("text_config") or {}).get("eos_token_id", 2)  # 2 means the largest id
+    require(
+        end in (2, text.vocab_size - 1),
+        f"{path}: the end token is {end!r}; CLIP's is the last of the vocabulary",
+    )
     return build(
         CLIPConfig,
         {

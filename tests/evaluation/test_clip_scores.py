@@ -86,9 +86,25 @@ def test_what_a_model_folder_is_missing_is_said_in_one_line(tmp_path):
     folder = write_clip(tmp_path)
     with pytest.raises(UserError, match="nowhere is missing; put config.json, model.safetensors"):
         load_clip(tmp_path / "nowhere")
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"]["eos_token_id"] = 7
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="the end token is 7; CLIP's is the last"):
+        load_clip(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="of a model of type 'bert'"):
         load_clip(folder)
+
+
+def test_folders_of_different_stories_are_not_paired(tmp_path):
+    write_clip(tmp_path / "weights")
+    first, second = (write_noisy_results(tmp_path / name, 3) for name in "ab")
+    records = (second / "frames.jsonl").read_text().replace("/00002-s2", "/00009-s9")
+    (second / "frames.jsonl").write_text(records)
+    (second / "stories" / "00002-s2").rename(second / "stories" / "00009-s9")
+
+    with pytest.raises(UserError, match="hold different frames, such as 00002-s2"):
+        measure(["clip"], measurement(first, second, tmp_path / "weights"))
 
 
 def test_a_sentence_is_retrieved_where_none_of_99_others_is_nearer():

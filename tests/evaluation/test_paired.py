@@ -43,7 +43,7 @@ def test_differences_of_the_same_stories_have_narrow_intervals():
 
     assert found.value == pytest.approx((better - values).mean())
     assert 0.09 < found.low < found.value < found.high < 0.11
-    assert first.low < second.value  # alone they could not be told apart
+    assert first.low < second.value  # by themselves they overlap
     assert difference(Interval(3.0), Interval(1.0)) == (2.0, None, None, *Interval(0.0)[3:])
 
 

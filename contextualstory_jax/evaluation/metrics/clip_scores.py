@@ -19,6 +19,14 @@ from jaxtyping import Float, Float32, Int
 from contextualstory_jax.evaluation.clip import clip_of
 from contextualstory_jax.evaluation.image_folders import Frame
 from contextualstory_jax.evaluation.measurement import Measurement, mean_interval
+from contextualstory_jax.evaluation.paired import require_same_stories
+
+
+def require_pairs(measurement: Measurement) -> None:
+    """Raise `UserError` for two folders that `evaluate` wrote of different stories."""
+    generated, reference = measurement.generated, measurement.reference_images
+    if generated.settings and reference.settings:
+        require_same_stories(generated, reference)
 
 
 def clip_scores(measurement: Measurement) -> dict[str, Any]:

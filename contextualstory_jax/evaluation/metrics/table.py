@@ -6,7 +6,7 @@ from contextualstory_jax.evaluation.clip import clip_of
 from contextualstory_jax.evaluation.inception_features import FID_WEIGHTS
 from contextualstory_jax.evaluation.measurement import Metric
 from contextualstory_jax.evaluation.metrics.classified import characters, require_classifier
-from contextualstory_jax.evaluation.metrics.clip_scores import clip_scores
+from contextualstory_jax.evaluation.metrics.clip_scores import clip_scores, require_pairs
 from contextualstory_jax.evaluation.metrics.fid import fid
 from contextualstory_jax.evaluation.metrics.fsd import R2PLUS1D_WEIGHTS, fsd
 from contextualstory_jax.evaluation.metrics.kid import kid
@@ -19,7 +19,12 @@ METRICS = {
     "characters": Metric(
         characters, needs=frozenset({"stories", "characters"}), check=require_classifier
     ),
-    "clip": Metric(clip_scores, needs=frozenset({"images", "pairs"}), model=clip_of),
+    "clip": Metric(
+        clip_scores,
+        needs=frozenset({"images", "pairs"}),
+        model=clip_of,
+        check=require_pairs,
+    ),
     "clip-r-precision": Metric(
         clip_r_precision,
         needs=frozenset({"sentences"}),
