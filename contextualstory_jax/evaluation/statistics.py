@@ -117,7 +117,7 @@ def distances_without(
     projected = centred @ root_b
     if len(projected) < projected.shape[1]:  # the same scatter, in as many axes as there are rows
         projected = np.asarray(np.linalg.qr(projected.T, mode="r")).T
-    scatter, squares = projected.T @ projected, np.einsum("nd,nd->n", centred, centred)
+    scatter, squares = projected.T @ projected, np.square(centred).sum(axis=1)
     found = []
     for rows in groups:
         kept = len(features) - len(rows)
