@@ -211,13 +211,14 @@ def updated(
     tx = optimizer(config.optimizer, config.steps)
     new = update(state, gradient, tx, config.optimizer.ema_decay)
     change = jax.tree.map(jnp.subtract, new.params, state.params)
-    return new, {
+    metrics: dict[str, Any] = {
         "loss": value,
         "grad_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(config.optimizer, config.steps)(state.step),
         "param_norm": optax.tree.norm(new.params),
         "update_norm": optax.tree.norm(change),
     }
+    return new, metrics
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
