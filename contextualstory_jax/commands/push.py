@@ -96,39 +96,28 @@ def read_contents(arguments: argparse.Namespace) -> Contents:
     Raises `UserError` where there is no model, or something that the card needs is missing.
     """
     from contextualstory_jax.conversion import hub_upload
-    from contextualstory_jax.data.vocabulary import read_vocabulary
     from contextualstory_jax.evaluation import model_card
     from contextualstory_jax.sampling.pretrained import SHIPPED
 
     folder = SHIPPED if arguments.checkpoint == SHIPS else Path(arguments.checkpoint)
     contents = hub_upload.read_contents(folder, arguments.weights)
-    vocabulary = read_vocabulary(folder)
-    training = model_card.read_config(folder)
-    reports = model_card.read_reports(folder, arguments.reports, contents)
-    synthetic = vocabulary is not None and vocabulary.dataset == "shapes"
-    own = synthetic and contents.origin is None and (training is None or not training.init_from)
+    records = model_card.read_records(folder, arguments.reports, contents)
+    started = records.training is not None and records.training.init_from is not None
+    own = records.dataset == "shapes" and contents.origin is None and not started
     licence = arguments.license or ("mit" if own else None)
     if licence is None:
         raise UserError(
             "name the licence: --license ID, such as openrail++ of models from Stable Diffusion 2.1"
         )
     require(
-        arguments.sample is not None or synthetic,
+        arguments.sample is not None or records.dataset == "shapes",
         "the card shows a story: --sample DIR names a folder that generate wrote with this model",
     )
     if arguments.sample is not None:
         sample = model_card.read_sample(arguments.sample, contents)
     else:
         sample = model_card.generate_sample(folder, arguments.weights)
-    card = model_card.card_files(
-        arguments.repo,
-        contents,
-        sample,
-        licence=licence,
-        training=training,
-        vocabulary=vocabulary,
-        reports=reports,
-    )
+    card = model_card.card_files(arguments.repo, contents, sample, licence, records)
     return contents._replace(files={**contents.files, **card})
 
 

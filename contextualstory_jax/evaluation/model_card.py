@@ -18,7 +18,7 @@ from contextualstory_jax.config.build import build
 from contextualstory_jax.config.train_config import DataConfig, TrainConfig
 from contextualstory_jax.conversion.hub_upload import Contents
 from contextualstory_jax.data.loader import held_out_source
-from contextualstory_jax.data.vocabulary import Vocabulary
+from contextualstory_jax.data.vocabulary import Vocabulary, read_vocabulary
 from contextualstory_jax.evaluation.compare import SUBSET_TITLES, in_words
 from contextualstory_jax.evaluation.html import find_template
 from contextualstory_jax.evaluation.metrics.characters import METRICS
@@ -48,6 +48,21 @@ class Sample(NamedTuple):
     images: UInt8[np.ndarray, "f h w 3"]
     first_frame: Any  # in continuation its array, else None
     seed: int | None = None  # None: unknown whether the card's commands generate it
+
+
+class Records(NamedTuple):
+    """What a model's folder records of its training and its measures."""
+
+    training: TrainConfig | None = None  # without folders
+    vocabulary: Vocabulary | None = None  # of the training stories
+    reports: Sequence[Mapping[str, Any]] = ()  # of `evaluate` and `measure`
+
+    @property
+    def dataset(self) -> str | None:
+        """The dataset's name in a config, where it is recorded."""
+        if self.training is not None:
+            return self.training.data.name
+        return None if self.vocabulary is None else self.vocabulary.dataset
 
 
 def generate_sample(checkpoint: Path, weights: str | None) -> Sample:
@@ -80,6 +95,16 @@ def read_sample(folder: Path, contents: Contents) -> Sample:
         f"{folder} is of another task than the model; generate it again",
     )
     return Sample(saved.story.sentences, saved.images, first)
+
+
+def read_records(folder: Path, reports: Sequence[Path], contents: Contents) -> Records:
+    """The records of a model, and reports: those given, or those beside it.
+
+    Raises `UserError` where a file is damaged, or a report is of other weights.
+    """
+    return Records(
+        read_config(folder), read_vocabulary(folder), read_reports(folder, reports, contents)
+    )
 
 
 def read_reports(folder: Path, given: Sequence[Path], contents: Contents) -> list[dict[str, Any]]:
@@ -155,30 +180,30 @@ def _read_object(path: Path, fix: str) -> dict[str, Any]:
 
 
 def card_files(
-    repo: str,
-    contents: Contents,
-    sample: Sample,
-    *,
-    licence: str,
-    training: TrainConfig | None = None,
-    vocabulary: Vocabulary | None = None,
-    reports: Sequence[Mapping[str, Any]] = (),
+    repo: str, contents: Contents, sample: Sample, licence: str, records: Records
 ) -> dict[str, bytes]:
     """README.md with its metadata, and the files that it shows and names.
 
     Args:
         repo: the Hub id.
         licence: the Hub's identifier of one, such as `mit`.
-        training: the config, where it is recorded.
-        vocabulary: the words of the training stories, where they are recorded.
-        reports: of `evaluate` and `measure`.
     """
+    text = _card(repo, contents, sample, licence, records)
+    files = {"README.md": text.encode(), "sample.png": strip(sample.images, sample.sentences)}
+    if sample.first_frame is not None:
+        file = io.BytesIO()
+        Image.fromarray(sample.first_frame).save(file, "PNG")
+        files["first_frame.png"] = file.getvalue()
+    if records.training is not None:
+        files["config.json"] = json.dumps(dataclasses.asdict(records.training), indent=2).encode()
+    return files
+
+
+def _card(repo: str, contents: Contents, sample: Sample, licence: str, records: Records) -> str:
     from huggingface_hub import ModelCardData  # takes a second to import
 
     config = contents.config
-    continuation = config.unet.is_continuation
-    dataset = training.data.name if training else vocabulary.dataset if vocabulary else None
-    task = "continuation" if continuation else "visualization"
+    task = "continuation" if config.unet.is_continuation else "visualization"
     metadata = ModelCardData(
         license=licence,
         base_model=contents.origin,
@@ -192,33 +217,23 @@ def card_files(
         repo=repo,
         frames=NUMBERS.get(config.unet.n_frames, str(config.unet.n_frames)),
         task=task,
-        continuation=continuation,
-        dataset=DATASETS.get(dataset or "", dataset),
+        continuation=config.unet.is_continuation,
+        dataset=DATASETS.get(records.dataset or ""),
         config=config,
         sample=sample,
         seed=sample.seed or SEED,
         shown=[json.dumps(sentence, ensure_ascii=False) for sentence in sample.sentences],
         quoted=[shlex.quote(sentence) for sentence in sample.sentences],
         released=contents.released,
-        vocabulary=vocabulary,
+        vocabulary=records.vocabulary,
         model=_model_rows(contents),
-        training=_training_rows(contents, dataset, training),
-        recorded=training is not None,
-        evaluated=[_evaluated(report) for report in reports if not _is_measured(report)],
-        measured=[_measured(report) for report in reports if _is_measured(report)],
+        training=_training_rows(contents, records),
+        recorded=records.training is not None,
+        evaluated=[_evaluated(report) for report in records.reports if not _is_measured(report)],
+        measured=[_measured(report) for report in records.reports if _is_measured(report)],
         licence=licence,
     )
-    files = {
-        "README.md": f"{text}\n".encode(),
-        "sample.png": strip(sample.images, sample.sentences),
-    }
-    if sample.first_frame is not None:
-        file = io.BytesIO()
-        Image.fromarray(sample.first_frame).save(file, "PNG")
-        files["first_frame.png"] = file.getvalue()
-    if training is not None:
-        files["config.json"] = json.dumps(dataclasses.asdict(training), indent=2).encode()
-    return files
+    return f"{text}\n"
 
 
 def _model_rows(contents: Contents) -> list[tuple[str, str]]:
@@ -238,12 +253,11 @@ def _model_rows(contents: Contents) -> list[tuple[str, str]]:
     return [row for row in rows if row[1]]
 
 
-def _training_rows(
-    contents: Contents, dataset: str | None, training: TrainConfig | None
-) -> list[tuple[str, str]]:
+def _training_rows(contents: Contents, records: Records) -> list[tuple[str, str]]:
+    training = records.training
     rows = [
         ("converted from", contents.origin),
-        ("data", DATASETS.get(dataset or "", dataset)),
+        ("data", DATASETS.get(records.dataset or "")),
         ("steps", f"{contents.step:,}" if contents.step else None),
     ]
     if training:
