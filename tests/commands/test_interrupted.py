@@ -153,7 +153,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("log") / "log.txt"
 
 
-COMMANDS = "train generate evaluate prepare cache-latents storyflow-mean convert export measure push".split()
+NAMES = "train generate evaluate prepare cache-latents storyflow-mean convert export measure push"
+COMMANDS = NAMES.split()
 MODULES = [f"contextualstory_jax {command}" for command in COMMANDS]
 MODULES += [f"contextualstory_jax.{command}" for command in COMMANDS[:3]]
 
