@@ -26,6 +26,7 @@ COMMANDS = {
     "studio": ("commands.studio", "serve a page to write stories and change their frames"),
     "convert": ("commands.convert", "convert a released model to a checkpoint folder"),
     "export": ("commands.export", "write a checkpoint in the layout of the released models"),
+    "push": ("commands.push", "put a checkpoint on the Hugging Face Hub, with a model card"),
     "prepare": ("commands.prepare", "check a dataset and write it in shards"),
     "cache-latents": ("commands.cache_latents", "encode a dataset once, for faster training"),
     "storyflow-mean": ("commands.storyflow_mean", "compute a dataset's mean StoryFlow values"),

@@ -9,7 +9,7 @@ from contextualstory_jax.utils.errors import UserError, require
 
 PARTS = ("unet", "vae", "text_encoder")
 ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # OWNER/NAME
-FILES = ["*.json", "tokenizer/*", "*/*.safetensors"]
+FILES = ["*.json", "tokenizer/*", "*/*.safetensors", "checkpoints/*"]  # the last of `push`
 # Fetched where a repository has no safetensors of full precision.
 OTHERS = ["*/*.fp16.safetensors", "*/*.bin"]
 
@@ -47,7 +47,8 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, dict[str, st
             source, revision=revision, allow_patterns=FILES, ignore_patterns=OTHERS
         )
         snapshot = Path(fetched)
-        if not all(any(snapshot.glob(f"{part}/*.safetensors")) for part in PARTS):
+        pushed = (snapshot / "model.json").is_file()  # a checkpoint folder
+        if not pushed and not all(any(snapshot.glob(f"{p}/*.safetensors")) for p in PARTS):
             huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=OTHERS)
     except Exception as error:  # of the Hub, its transport or the disk
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -34,15 +34,20 @@ def hint(needs_context: bool | None, characters: Sequence[str] | None, scene: st
     return f"{' and '.join(characters or ())}, {scene}" if needs_context else ""
 
 
-def write_page(path: Path, template: str, **values: Any) -> None:
-    """Write a page atomically. Raises `UserError` where it cannot be written."""
+def find_template(name: str, autoescape: bool = True) -> jinja2.Template:
+    """A template beside this file; one of HTML escapes its values."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
+        autoescape=autoescape,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    text = environment.get_template(template).render(values)
+    return environment.get_template(name)
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page atomically. Raises `UserError` where it cannot be written."""
+    text = find_template(template).render(values)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
 """Checkpoint folders by name: the model that ships, a folder, or a Hub id.
 
-Released weights are converted once into the user's cache and then read from there:
+Checkpoint folders that `push` uploaded are read from the Hub's cache. Released weights are
+converted once into the user's cache and then read from there:
 
     CACHE/models/OWNER--NAME/COMMIT/          converted from the Hub
     CACHE/models/OWNER--NAME/refs/REVISION    the commit that a revision named last
@@ -61,13 +62,15 @@ def find_checkpoint(
 
 
 def _from_hub(name: str, revision: str | None, cache: Path) -> Path:
-    """The converted folder of a Hub id, also without a network where it is there already."""
+    """The checkpoint folder of a Hub id, also without a network where it is there already."""
     check_id(name)
     models = cache / name.replace("/", "--")
     ref = models / "refs" / re.sub(r"[^\w.-]", "_", revision or "main")
     commit = find_commit(name, revision) or (ref.read_text() if ref.is_file() else None)
     if commit is None or not (models / commit / "model.json").is_file():
         snapshot, origin = locate(name, revision)
+        if (snapshot / "model.json").is_file():  # pushed from here
+            return snapshot
         commit = snapshot.name
         _convert(snapshot, models / commit, origin)
     with contextlib.suppress(OSError):  # where the cache is read-only, it cannot change either

@@ -103,6 +103,7 @@ def arguments(command: str, given: dict[str, Path], out: Path) -> list[str]:
         "storyflow-mean": [*encodes, "--write"],
         "convert": [given["released"], out],
         "export": [given["encoders"], out],
+        "push": ["shipped", "alice/stories", "--dry-run", out],
         "measure": [given["stories"], given["stories"], "--weights-dir", given["weights"]],
     }
     return [str(word) for word in words[command]]
@@ -152,9 +153,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("log") / "log.txt"
 
 
-COMMANDS = (
-    "train generate evaluate prepare cache-latents storyflow-mean convert export measure".split()
-)
+NAMES = "train generate evaluate prepare cache-latents storyflow-mean convert export measure push"
+COMMANDS = NAMES.split()
 MODULES = [f"contextualstory_jax {command}" for command in COMMANDS]
 MODULES += [f"contextualstory_jax.{command}" for command in COMMANDS[:3]]
 
