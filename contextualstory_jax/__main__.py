@@ -18,6 +18,10 @@ COMMANDS = {
     "train": ("train", "train a model"),
     "evaluate": ("evaluate", "generate the test stories of a dataset and measure them"),
     "measure": ("commands.measure", "measure generated images: FID, KID and others, by protocol"),
+    "reproduce": (
+        "commands.reproduce",
+        "generate the test stories of a published task, and report every protocol",
+    ),
     "train-vae": ("commands.train_vae", "train a VAE by itself, for the model to start from"),
     "train-classifier": (
         "commands.train_classifier",

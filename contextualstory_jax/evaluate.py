@@ -7,10 +7,9 @@ From Python: `contextualstory_jax.evaluation.compare.evaluate` for a few stories
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from contextualstory_jax.config.config_files import NAME_OR_FILE, load_config
 from contextualstory_jax.config.train_config import DataConfig
@@ -18,7 +17,6 @@ from contextualstory_jax.distributed.multihost import (
     add_arguments,
     by_first,
     connect,
-    is_first,
     say,
 )
 from contextualstory_jax.utils.cli import ArgumentParser, run
@@ -26,7 +24,6 @@ from contextualstory_jax.utils.errors import require
 
 if TYPE_CHECKING:
     from contextualstory_jax.evaluation.sample_split import Source
-    from contextualstory_jax.sampling.pipeline import StoryPipeline
 
 SHAPES_STORIES = 64  # of those there is no end
 
@@ -81,23 +78,25 @@ def main(
     arguments, data = parse(argv, prog)
     connect(arguments)
     # Only here: importing JAX takes seconds, and --help and bad input must not wait.
-    import jax
-    from tqdm import tqdm
-
     from contextualstory_jax.data.loader import held_out_source, story_notes
     from contextualstory_jax.distributed.compilation import use_compilation_cache
     from contextualstory_jax.evaluation.compare import require_readable, table, untrained
-    from contextualstory_jax.evaluation.results import Gallery
+    from contextualstory_jax.evaluation.metrics.characters import METRICS
     from contextualstory_jax.evaluation.results_html import write_index
-    from contextualstory_jax.evaluation.sample_split import generate_split, measure_split, story_of
+    from contextualstory_jax.evaluation.sample_split import (
+        generate_with_bar,
+        measure_split,
+        open_gallery,
+        story_of,
+    )
     from contextualstory_jax.sampling.pipeline import SHIPPED, StoryPipeline
     from contextualstory_jax.utils.atomic import check_writable, write_json
 
     check_writable(arguments.out)
     use_compilation_cache()
     measure_images = images_measurer(arguments)
-    checkpoint = arguments.checkpoint or SHIPPED
-    pipeline = StoryPipeline.load(checkpoint, weights=arguments.weights, dtype=arguments.dtype)
+    how = {"weights": arguments.weights, "dtype": arguments.dtype}
+    pipeline = StoryPipeline.load(arguments.checkpoint or SHIPPED, **how)
     config = pipeline.model.config
     models, rows = {"frame": pipeline}, {"original": "original", "drawn": "frame"}
     measured = data.name == "shapes"  # whose frames can be read
@@ -109,27 +108,25 @@ def main(
         say(note)
     count = count_stories(arguments, data, source)
     stories = [story_of(source, number) for number in range(count)]
-    settings = describe(arguments, data, pipeline, source.split, count, measured)
-    gallery = Gallery(arguments.out, settings)
-    gallery.check()
-    how = {"seed": arguments.seed, "batch_size": arguments.batch_size}
-    with tqdm(
-        total=len(stories[jax.process_index() :: jax.process_count()]),
-        unit="story",
-        dynamic_ncols=True,
-        delay=0.5,  # seconds, in which bad input is refused: an error stands alone
-        disable=not is_first(),
-    ) as bar:
-        generate_split(models, source, stories, gallery, **how, progress=bar.update)
+    gallery = open_gallery(
+        arguments.out,
+        pipeline,
+        data,
+        source.split,
+        count,
+        checkpoint=str(arguments.checkpoint or "shipped"),
+        seed=arguments.seed,
+        metrics=METRICS if measured else (),
+    )
+    generate_with_bar(models, source, stories, gallery, arguments.seed, arguments.batch_size)
 
     def finish() -> None:
         gallery.write_settings()
         if measured:
-            given = int(config.unet.is_continuation)
-            metrics = measure_split(source, stories, gallery, given)
-            write_json(arguments.out / "metrics.json", {"settings": settings, **metrics})
+            metrics = measure_split(source, stories, gallery, int(config.unet.is_continuation))
+            write_json(arguments.out / "metrics.json", {"settings": gallery.settings, **metrics})
             print(table(metrics) + "\n")
-        write_index(gallery, f"{data.name}: {settings['task']}", stories, rows)
+        write_index(gallery, f"{data.name}: {gallery.settings['task']}", stories, rows)
         print(f"{count} {'story' if count == 1 else 'stories'} in {arguments.out / 'index.html'}")
 
     by_first(finish)
@@ -170,43 +167,6 @@ def images_measurer(arguments: argparse.Namespace) -> Callable[[], None]:
         report.publish(found, out / f"{protocol.name}.json")
 
     return measure
-
-
-def describe(
-    arguments: argparse.Namespace,
-    data: DataConfig,
-    pipeline: StoryPipeline,
-    split: str,
-    stories: int,
-    measured: bool,
-) -> dict[str, Any]:
-    """Settings that decide the frames, the number of stories, and which metrics."""
-    from contextualstory_jax.checkpoints.layout import weights_digest
-    from contextualstory_jax.evaluation.metrics.characters import METRICS
-
-    config = pipeline.model.config
-    named = {
-        f"{part}.{name}": leaf
-        for part, leaves in pipeline.params.items()
-        for name, leaf in leaves.items()
-    }
-    return {
-        "checkpoint": str(arguments.checkpoint or "shipped"),
-        "step": pipeline.step,
-        "weights": pipeline.weights,
-        "dtype": arguments.dtype,
-        "task": "continuation" if config.unet.is_continuation else "visualization",
-        "data": dataclasses.asdict(data),
-        "split": split,
-        "stories": stories,
-        "seed": arguments.seed,
-        "height": config.height,
-        "width": config.width,
-        "sampling": dataclasses.asdict(config.sampling),
-        "weights_sha256": weights_digest(named),
-        "storyflow": pipeline.storyflow.tolist(),
-        "metrics": list(METRICS) if measured else [],
-    }
 
 
 if __name__ == "__main__":

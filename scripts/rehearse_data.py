@@ -1,4 +1,4 @@
-"""Rehearse the way of a real dataset: prepare, cache, train, be killed, resume, evaluate.
+"""Rehearse the way of a real dataset: prepare, cache, train, be killed, resume, evaluate, report.
 
     python scripts/rehearse_data.py --out rehearsal
 
@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from contextualstory_jax.testing.metric_weights import write_metric_weights  # noqa: E402
 from contextualstory_jax.testing.published_folders import write_flintstones, write_pororo  # noqa: E402
 from contextualstory_jax.utils.cli import ArgumentParser, run  # noqa: E402
 from contextualstory_jax.utils.errors import require  # noqa: E402
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    out = parser.parse_args(argv).out.absolute()
+    out = parser.parse_args(argv).out
     require(not out.exists(), f"{out} is there already; name a new folder")
     for dataset, write in WRITERS.items():
         write(out / dataset / "published")
@@ -81,7 +82,20 @@ def rehearse(dataset: str, folder: Path) -> Path:
     assert page.is_file() and frames, "nothing was generated"
     for frame in frames:
         assert (drawn / frame["generated"]).is_file() and (drawn / frame["original"]).is_file()
+    report(dataset, folder)
     return page
+
+
+def report(dataset: str, folder: Path) -> None:
+    """Reproduce the continuation task with the trained model and weights that mean nothing."""
+    write_metric_weights(folder / "weights", dataset)
+    python(
+        *("-m", "contextualstory_jax", "reproduce", f"{dataset}-continuation"),
+        *("--data", folder / "published", "--checkpoint", folder / "run"),
+        *("--weights-dir", folder / "weights", "--out", folder / "report"),
+    )
+    found = json.loads((folder / "report" / "report.json").read_text())
+    assert {"fid", "frame_accuracy"} <= found["protocols"]["storyviz"].keys()
 
 
 def python(*arguments: object) -> None:

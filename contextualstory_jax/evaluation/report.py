@@ -128,13 +128,13 @@ def publish(report: Mapping[str, Any], path: Path | None) -> None:
 
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The values of a report as text, such as `fid  14.07 [13.61, 14.53]`."""
-    found = [f"{name:<28}{_in_words(value)}" for name, value in report.items() if _has(value)]
+    found = [f"{name:<28}{in_words(value)}" for name, value in report.items() if _has(value)]
     for name, spread in report.get("seeds", {}).items():
         count = len(spread["values"])
         text = f"{spread['mean']:.6g} +- {spread['deviation']:.6g} over {count} seeds"
         found.append(f"{name:<28}{text}")
     for name, value in report.get("difference", {}).items():
-        found.append(f"{name:<28}{_in_words(value)} difference")
+        found.append(f"{name:<28}{in_words(value)} difference")
     return found
 
 
@@ -142,7 +142,8 @@ def _has(value: Any) -> bool:
     return isinstance(value, Mapping) and "value" in value
 
 
-def _in_words(value: Mapping[str, Any]) -> str:
+def in_words(value: Mapping[str, Any]) -> str:
+    """A value with its interval, where it has one."""
     if value["low"] is None:
         return f"{value['value']:.6g}"
     return "{value:.6g} [{low:.6g}, {high:.6g}]".format(**value)

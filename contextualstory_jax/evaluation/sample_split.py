@@ -7,17 +7,22 @@ batch, threads read the next and write the one before; no more is in memory.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import UInt8
+from tqdm import tqdm
 
+from contextualstory_jax.checkpoints.layout import weights_digest
+from contextualstory_jax.config.train_config import DataConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.data.story_source import StorySource
@@ -45,6 +50,87 @@ def story_of(source: Source, number: int) -> SplitStory:
         return SplitStory(number, record.story_id, record.sentences, record.source_frame_ids)
     example = source[number]
     return SplitStory(number, example.story_id, example.sentences, example.frame_ids)
+
+
+def open_gallery(
+    out: Path,
+    pipeline: StoryPipeline,
+    data: DataConfig,
+    split: str,
+    stories: int,
+    *,
+    checkpoint: str,
+    seed: int,
+    metrics: Sequence[str] = (),
+) -> Gallery:
+    """The gallery in a folder, with the settings that decide its frames.
+
+    Args:
+        out: The folder.
+        pipeline: The model.
+        data: Its test stories.
+        split: The split that they are of.
+        stories: How many there are.
+        checkpoint: The name of the checkpoint.
+        seed: Of the noise.
+        metrics: Those of the gallery's own `metrics.json`.
+
+    Raises:
+        UserError: The folder holds stories of other settings.
+    """
+    config = pipeline.model.config
+    named = {
+        f"{part}.{name}": leaf
+        for part, leaves in pipeline.params.items()
+        for name, leaf in leaves.items()
+    }
+    settings = {
+        "checkpoint": checkpoint,
+        "step": pipeline.step,
+        "weights": pipeline.weights,
+        "dtype": str(jax.numpy.dtype(pipeline.model.dtype)),
+        "task": "continuation" if config.unet.is_continuation else "visualization",
+        "data": dataclasses.asdict(data),
+        "split": split,
+        "stories": stories,
+        "seed": seed,
+        "height": config.height,
+        "width": config.width,
+        "sampling": dataclasses.asdict(config.sampling),
+        "weights_sha256": weights_digest(named),
+        "storyflow": pipeline.storyflow.tolist(),
+        "metrics": list(metrics),
+    }
+    gallery = Gallery(out, settings)
+    gallery.check()
+    return gallery
+
+
+def generate_with_bar(
+    models: Mapping[str, StoryPipeline],
+    source: Source,
+    stories: Sequence[SplitStory],
+    gallery: Gallery,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """`generate_split` with a progress bar of the first process's stories."""
+    with tqdm(
+        total=len(stories[jax.process_index() :: jax.process_count()]),
+        unit="story",
+        dynamic_ncols=True,
+        delay=0.5,  # seconds, in which bad input is refused: an error stands alone
+        disable=not is_first(),
+    ) as bar:
+        generate_split(
+            models,
+            source,
+            stories,
+            gallery,
+            seed=seed,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
 
 
 def generate_split(

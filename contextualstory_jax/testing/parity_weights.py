@@ -36,6 +36,19 @@ def torch_weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return n / np.sqrt(np.float32(np.prod(shape[1:])))
 
 
+def torch_tensors(network: Network, seed: int) -> dict[str, np.ndarray]:
+    """All parameters of a network as PyTorch has them, by key."""
+    from contextualstory_jax.conversion import torch_names
+
+    shapes = {
+        torch_names.torch_key(name, len(declared.shape)): torch_names.torch_shape(
+            name, declared.shape
+        )
+        for name, declared in network.shapes.items()
+    }
+    return {key: torch_weight(key, shape, seed) for key, shape in shapes.items()}
+
+
 def params(network: Network, seed: int, prefix: str = "") -> Params:
     """All parameters of a network, through the converter; `prefix` is the part's.
 

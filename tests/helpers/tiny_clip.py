@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from contextualstory_jax.conversion import torch_names
 from contextualstory_jax.data.shapes import TOKENIZER_DIR
 from contextualstory_jax.evaluation.clip import NAME, read_config
 from contextualstory_jax.models.clip_vision import CLIPModel
@@ -34,11 +33,7 @@ def write_clip(weights: Path) -> Path:
     config = {"text_config": text, "vision_config": vision, "projection_dim": 8}
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", **config}))
     built = read_config(folder / "config.json")
-    network = Network(lambda: CLIPModel(built))
-    tensors = {
-        torch_names.torch_key(name, x.ndim): torch_names.to_torch(name, np.asarray(x))
-        for name, x in parity_weights.params(network, 0).items()
-    }
+    tensors = parity_weights.torch_tensors(Network(lambda: CLIPModel(built)), 0)
     tensors["logit_scale"] = np.array(4.6, np.float32)
     save_file(tensors, folder / "model.safetensors")
     return folder

@@ -14,22 +14,12 @@ from contextualstory_jax.utils.interruption import check
 
 
 def kid(measurement: Measurement) -> dict[str, Any]:
-    """KID: mean over subsets; `low` and `high` are quantiles over subsets, `deviation` theirs.
-
-    Raises `UserError` where a subset is larger than a folder.
-    """
+    """KID: mean over subsets; `low` and `high` are quantiles over subsets, `deviation` theirs."""
     options = measurement.options
-    folders = {"generated": measurement.generated, "reference": measurement.reference_images}
-    for name, folder in folders.items():
-        require(
-            len(folder.frames) >= options.kid_subset_size,
-            f"KID takes subsets of {options.kid_subset_size} images, and the {name} folder has "
-            f"{len(folder.frames)}; give --kid-subset-size {len(folder.frames)} or less",
-        )
     extractor = inception(measurement.protocol, measurement.weights)
     generated, reference = (
         measurement.features(extractor, [frame.item for frame in folder.frames])
-        for folder in folders.values()
+        for folder in (measurement.generated, measurement.reference_images)
     )
     values = subset_distances(
         generated,
@@ -47,6 +37,18 @@ def kid(measurement: Measurement) -> dict[str, Any]:
             "seed": options.kid_seed,
         }
     }
+
+
+def require_subsets(measurement: Measurement) -> None:
+    """Raise `UserError` where a subset is larger than a folder."""
+    size = measurement.options.kid_subset_size
+    folders = {"generated": measurement.generated, "reference": measurement.reference_images}
+    for name, folder in folders.items():
+        require(
+            len(folder.frames) >= size,
+            f"KID takes subsets of {size} images, and the {name} folder has "
+            f"{len(folder.frames)}; give --kid-subset-size {len(folder.frames)} or less",
+        )
 
 
 def subset_distances(

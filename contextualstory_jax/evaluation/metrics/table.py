@@ -9,12 +9,12 @@ from contextualstory_jax.evaluation.metrics.classified import characters, requir
 from contextualstory_jax.evaluation.metrics.clip_scores import clip_scores, require_pairs
 from contextualstory_jax.evaluation.metrics.fid import fid
 from contextualstory_jax.evaluation.metrics.fsd import R2PLUS1D_WEIGHTS, fsd
-from contextualstory_jax.evaluation.metrics.kid import kid
+from contextualstory_jax.evaluation.metrics.kid import kid, require_subsets
 from contextualstory_jax.evaluation.metrics.r_precision import clip_r_precision, require_sentences
 
 METRICS = {
     "fid": Metric(fid, (FID_WEIGHTS,)),
-    "kid": Metric(kid, (FID_WEIGHTS,), frozenset({"images"})),
+    "kid": Metric(kid, (FID_WEIGHTS,), frozenset({"images"}), check=require_subsets),
     "fsd": Metric(fsd, (R2PLUS1D_WEIGHTS,), frozenset({"images", "stories"})),
     "characters": Metric(
         characters, needs=frozenset({"stories", "characters"}), check=require_classifier
