@@ -172,7 +172,7 @@ def test_a_summary_is_printed_and_stored(source, tmp_path, capsys):
     assert unet["dtypes"] == {"float32": unet["tensors"]}
     assert summary["sha256"]["vae/diffusion_pytorch_model.safetensors"] == digest
     assert summary["origin"] == {"folder": str(source)}
-    assert summary["dead"]["a buffer holding 0..76"] == 1
+    assert summary["dead"]["a buffer holding 0, 1, 2, ..."] == 1
     assert f"params.unet: {unet['parameters']:,} parameters" in printed
     assert digest in printed
 
