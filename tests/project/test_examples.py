@@ -13,26 +13,43 @@ from PIL import Image
 from contextualstory_jax.sampling import pretrained
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+EXAMPLES = ROOT / "examples"
+
+
+def executed(name, tmp_path):
+    """The outputs of a notebook's cells, executed in an empty folder."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def images(outputs):
+    """The images among outputs."""
+    return [output for output in outputs if "image/png" in output.get("data", {})]
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_shows_images(tmp_path):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def test_the_quickstart_runs_and_shows_images(tmp_path):
+    outputs = executed("quickstart.ipynb", tmp_path)
 
-    nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
-
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    images = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(images) == 8
+    assert len(images(outputs)) == 8
     assert "(2, 5, 32, 32, 3)" in str(outputs)
 
 
-def test_the_notebook_is_committed_without_outputs_and_paths():
-    text = NOTEBOOK.read_text()
+@pytest.mark.heavy
+def test_the_notebook_about_evaluation_runs(tmp_path):
+    outputs = executed("evaluate.ipynb", tmp_path)
+
+    assert len(images(outputs)) == 2
+    assert "character f1" in str(outputs)
+    assert (tmp_path / "results" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.ipynb")))
+def test_a_notebook_is_committed_without_outputs_and_paths(name):
+    text = (EXAMPLES / name).read_text()
 
     assert '"outputs": []' in text and '"image/png"' not in text
     assert not re.search(r"/(home|root|work|tmp|Users)/", text)
