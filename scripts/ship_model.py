@@ -31,6 +31,8 @@ def main() -> None:
     kept = {"step": meta["step"], "storyflow": meta["storyflow"]}
     tokenizer = arguments.workdir / "tokenizer"
     write_weights(arguments.out, config, tokenizer, {"ema_params": params}, kept)
+    for marker in arguments.out.rglob("commit_success.txt"):
+        marker.unlink()  # orbax's; it holds the folder's path, and only buckets need it
     shutil.copy(arguments.workdir / vocabulary.FILE, arguments.out)
     size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
     print(f"{arguments.out}: step {meta['step']}, {size / 2**20:.2f} MiB")

@@ -62,6 +62,12 @@ def test_is_small_enough_to_ship():
     assert size <= 8 * 2**20
 
 
+def test_names_no_folder_of_the_machine_that_wrote_it():
+    for file in SHIPPED.rglob("*"):
+        if file.is_file():
+            assert not re.search(rb"/(home|root|work|tmp|Users)/", file.read_bytes()), file
+
+
 @pytest.mark.slow
 def test_generates_held_out_stories_right(metrics):
     assert metrics["all"]["scene_accuracy"]["value"] >= 0.95
