@@ -220,7 +220,7 @@ def refuse(arguments, reason, capsys):
     assert line.startswith("error: ") and reason in line
 
 
-@pytest.mark.slow
+@pytest.mark.heavy  # of which scripts/rehearse_data.py does all but CLIP
 @pytest.mark.parametrize(("dataset", "stories"), [("pororo", 3), ("flintstones", 2)])
 def test_the_rehearsal(dataset, stories, tmp_path, monkeypatch):
     """The networks have their published sizes, and weights that follow from their names."""

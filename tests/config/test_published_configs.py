@@ -204,13 +204,8 @@ def test_a_training_step_at_published_size_fits_together(recipe_name):
     assert metrics["loss"].shape == ()
 
 
-@pytest.mark.parametrize(
-    "recipe_name",
-    [
-        pytest.param("pororo_visualization", marks=pytest.mark.heavy),
-        pytest.param("flintstones_continuation", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("recipe_name", ["pororo_visualization", "flintstones_continuation"])
 def test_a_recipe_made_small_trains_draws_and_is_measured(recipe_name, tmp_path):
     config = ["--config", str(RECIPES[recipe_name])]
     overrides = [f"--config.{override}" for override in TINY]
