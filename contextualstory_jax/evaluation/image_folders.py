@@ -43,7 +43,7 @@ class Frame(NamedTuple):
 
     @property
     def item(self) -> Item:
-        """What `read_rgb` reads."""
+        """The file, and the number of the image in it, as `read_rgb` takes them."""
         return self.path if self.choice is None else (self.path, self.choice)
 
 

@@ -1,4 +1,4 @@
-"""What a metric receives and returns, and the checks before anything is computed."""
+"""Inputs and results of a metric, and the checks before anything is computed."""
 
 from __future__ import annotations
 

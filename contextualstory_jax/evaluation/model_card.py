@@ -51,7 +51,7 @@ class Sample(NamedTuple):
 
 
 class Records(NamedTuple):
-    """What a model's folder records of its training and its measures."""
+    """Records in a model's folder: of its training and its metrics."""
 
     training: TrainConfig | None = None  # without folders
     vocabulary: Vocabulary | None = None  # of the training stories

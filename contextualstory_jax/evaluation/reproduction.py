@@ -101,7 +101,7 @@ def stories_sha256(stories: Sequence[SplitStory]) -> str:
 def planned_folder(
     gallery: Gallery, source: StorySource, stories: Sequence[SplitStory], given: int, role: Role
 ) -> ImageFolder:
-    """What `read_folder` will read once the stories are generated.
+    """The folder that `read_folder` will read once the stories are generated.
 
     Args:
         gallery: Where they will be.

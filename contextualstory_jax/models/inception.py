@@ -234,7 +234,7 @@ class InceptionV3(nnx.Module):
         return self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x))).mean(axis=(1, 2))
 
     def middle(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b p q 768"]:
-        """What the auxiliary classifier reads."""
+        """Features that the auxiliary classifier takes."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(max_pool(x))))

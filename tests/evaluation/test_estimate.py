@@ -1,4 +1,4 @@
-"""What is said of time and memory before test stories are generated."""
+"""The estimate of time and memory that is printed before test stories are generated."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Repository:
 
 
 class Hub:
-    """What the server holds and has received."""
+    """Content of the server, and the requests that it received."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
