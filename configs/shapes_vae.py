@@ -12,10 +12,10 @@ from configs.shapes import get_config as shapes
 
 def get_config() -> ConfigDict:
     """Build the config."""
-    size, factor, channels = 64, 8, 32
     config = shapes()
     config.update(
         {
+            "init_from": None,
             "steps": 6000,
             "batch_size": 2,  # stories, ten frames
             "checkpoint_every": 250,  # steps
@@ -26,20 +26,6 @@ def get_config() -> ConfigDict:
                 "max_grad_norm": 1.0,
                 "ema_decay": 0.999,
             },
-        }
-    )
-    model = config.model
-    model.height = model.width = size
-    model.unet.sample_size = size // factor
-    model.unet.in_channels = model.unet.out_channels = channels
-    model.vae = ConfigDict(
-        {
-            "kind": "kl",
-            "latent_channels": channels,
-            "block_out_channels": (16, 32, 64, 64),
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "sample_size": size,
         }
     )
     return config

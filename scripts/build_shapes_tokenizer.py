@@ -19,7 +19,7 @@ Pair = tuple[str, str]
 
 START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 WORD_END = "</w>"  # marks the last symbol of a word in CLIP's vocabulary
-MAX_LENGTH = 16  # tokens, with start and end: the longest sentence has 14
+MAX_LENGTH = 16  # tokens, with start and end: the longest sentence has 15
 
 
 def learn_merges(words: Iterable[str]) -> list[Pair]:

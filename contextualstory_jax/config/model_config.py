@@ -314,6 +314,8 @@ class SamplingConfig:
         )
 
 
+PARTS = ("unet", "vae", "text_encoder")  # of a model
+
 # Rematerialised in the backward pass, layer by layer, instead of kept: nothing; all but the outputs
 # of matrix products; all but the layers' inputs.
 Remat = Literal["none", "block", "full"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from contextualstory_jax.config.build import check_pattern, check_range
 from contextualstory_jax.config.mesh_config import MeshConfig
-from contextualstory_jax.config.model_config import ModelConfig, Remat
+from contextualstory_jax.config.model_config import PARTS, ModelConfig, Remat
 from contextualstory_jax.utils.errors import require
+
+SHIPPED = Path(__file__).parents[1] / "sampling" / "shipped"  # the model that ships
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     init_from: str | None = None  # a converted or trained checkpoint folder; None: fresh weights
+    init_parts: tuple[str, ...] = PARTS  # taken from it if it holds them; the others are fresh
     seed: int = 42
     steps: int = 40_000
     max_minutes: float | None = None  # of training; stops earlier, with a checkpoint
@@ -103,6 +107,10 @@ class TrainConfig:
                 check_range(self, "", (name,), 1)
         for pattern in self.trainable:
             check_pattern("trainable", pattern)
+        require(
+            {*self.init_parts} <= {*PARTS},
+            f"init_parts must be some of {', '.join(PARTS)}; got {self.init_parts}",
+        )
         check_range(self, "", ("text_drop", "first_frame_drop", "keep_frames_probability"), 0, 1)
         require(
             self.keep_frames_probability == 0 or self.model.kept_frames == "clean",

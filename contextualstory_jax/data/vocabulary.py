@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from contextualstory_jax.data import shapes
+from contextualstory_jax.data.shapes_figures import CAST
 from contextualstory_jax.data.story_source import StorySource
 from contextualstory_jax.utils.atomic import write_json
 from contextualstory_jax.utils.errors import UserError
@@ -40,7 +41,7 @@ def vocabulary_of(dataset: str, source: StorySource | shapes.ShapesSource) -> Vo
     """The vocabulary of a training split, read story by story; no image is read."""
     if isinstance(source, shapes.ShapesSource):
         return Vocabulary(
-            dataset, tuple(shapes.CAST), frozenset(split_words(" ".join(shapes.vocabulary())))
+            dataset, tuple(CAST), frozenset(split_words(" ".join(shapes.vocabulary())))
         )
     words: set[str] = set()
     names: set[str] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.shapes_reader import read_frames
-from contextualstory_jax.evaluation.metrics.characters import METRICS, CharacterMetrics, Outcome
+from contextualstory_jax.evaluation.metrics.characters import METRICS, CharacterMetrics, Report
 from contextualstory_jax.sampling.arguments import stories_of
 from contextualstory_jax.sampling.pipeline import StoryPipeline
 from contextualstory_jax.utils.errors import require
@@ -24,13 +24,14 @@ class Result(NamedTuple):
     """Frames of some stories, and their metrics from `measure`."""
 
     images: UInt8[np.ndarray, "b f h w 3"]
-    metrics: dict[str, dict[str, Any]]
+    metrics: Report
 
 
 def untrained(pipeline: StoryPipeline) -> StoryPipeline:
-    """The same architecture with the weights that training starts from, as a lower bound."""
+    """The same architecture and VAE, the rest with fresh weights, as a lower bound."""
     model = pipeline.model
-    return StoryPipeline(model, model.init(0), pipeline.tokenizer, pipeline.storyflow.tolist())
+    params = {**model.init(0), "vae": pipeline.params["vae"]}
+    return StoryPipeline(model, params, pipeline.tokenizer, pipeline.storyflow.tolist())
 
 
 def evaluate(
@@ -72,7 +73,7 @@ def evaluate(
 
 def measure(
     stories: Sequence[Example], images: UInt8[np.ndarray, "b f h w 3"], first_frame: int = 0
-) -> dict[str, dict[str, Any]]:
+) -> Report:
     """`CharacterMetrics.compute` of images, from frame number `first_frame` on.
 
     Raises `UserError` for images that the reader of frames is not made for.
@@ -80,7 +81,7 @@ def measure(
     require_readable(*images.shape[2:4])
     metrics = CharacterMetrics()
     for story, frames in zip(stories, images, strict=True):
-        metrics.update(outcomes(story, frames, first_frame))
+        count(metrics, story, frames, first_frame)
     return metrics.compute()
 
 
@@ -93,21 +94,15 @@ def require_readable(height: int, width: int) -> None:
     )
 
 
-def outcomes(
-    story: Example, images: UInt8[np.ndarray, "f h w 3"], first_frame: int = 0
-) -> Iterator[Outcome]:
-    """The contents of each frame beside its labels, from frame number `first_frame` on."""
-    readings = read_frames(images[first_frame:])
+def count(
+    metrics: CharacterMetrics,
+    story: Example,
+    images: UInt8[np.ndarray, "f h w 3"],
+    first_frame: int = 0,
+) -> None:
+    """Count a story's images beside its labels, from frame number `first_frame` on."""
     labels = (story.labels or ())[first_frame:]
-    for reading, label in zip(readings, labels, strict=True):
-        yield Outcome(
-            story=story.story_id,
-            shown=reading.characters,
-            characters=label.characters,
-            shown_scene=reading.scene,
-            scene=label.scene,
-            needs_context=bool(label.needs_context),
-        )
+    metrics.update(story.story_id, read_frames(images[first_frame:]), labels)
 
 
 def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:

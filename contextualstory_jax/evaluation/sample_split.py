@@ -27,8 +27,8 @@ from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.shapes import ShapesSource
 from contextualstory_jax.data.story_source import StorySource
 from contextualstory_jax.distributed.multihost import is_first
-from contextualstory_jax.evaluation.compare import outcomes
-from contextualstory_jax.evaluation.metrics.characters import CharacterMetrics
+from contextualstory_jax.evaluation.compare import count
+from contextualstory_jax.evaluation.metrics.characters import CharacterMetrics, Report
 from contextualstory_jax.evaluation.results import Gallery, SplitStory
 from contextualstory_jax.sampling.arguments import stories_of
 from contextualstory_jax.sampling.pipeline import StoryPipeline
@@ -205,12 +205,12 @@ def _finish(writing: list[Future[None]], progress: Callable[[int], object]) -> N
 
 def measure_split(
     source: Source, stories: Iterable[SplitStory], gallery: Gallery, given: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Report]:
     """`CharacterMetrics.compute` of each of `MEASURED`, from frame `given` on."""
     metrics = {name: CharacterMetrics() for name in MEASURED}
     for story in stories:
         check()
         example = source[story.number]
         for name, word in MEASURED.items():
-            metrics[name].update(outcomes(example, gallery.images(story, word), given))
+            count(metrics[name], example, gallery.images(story, word), given)
     return {name: metric.compute() for name, metric in metrics.items()}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Num, Real, UInt8
 
-from contextualstory_jax.config.model_config import ModelConfig, Remat
+from contextualstory_jax.config.model_config import PARTS, ModelConfig, Remat
 from contextualstory_jax.models.blocks import TextKeysValues, TimeShifts
 from contextualstory_jax.models.clip_text import CLIPTextModel
 from contextualstory_jax.models.network import Network, Params
@@ -23,14 +23,13 @@ from contextualstory_jax.models.unet import UNet
 from contextualstory_jax.models.vae import (
     Moments,
     decode_latents,
-    picture_codec,
-    pictures_to_float,
-    pictures_to_uint8,
+    images_to_float,
+    images_to_uint8,
+    make_vae,
     sample_latents,
 )
 
 Parts = dict[str, Params]
-PARTS = ("unet", "vae", "text_encoder")
 
 
 class StoryModel:
@@ -54,7 +53,7 @@ class StoryModel:
         self.config = config
         self.dtype = dtype
         self.unet = Network(lambda: UNet(config.unet, remat))
-        self.vae = Network(lambda: picture_codec(config.vae))
+        self.vae = Network(lambda: make_vae(config.vae))
         self.text_encoder = Network(lambda: CLIPTextModel(config.text_encoder))
         self.networks: dict[str, Network] = {part: getattr(self, part) for part in parts}
 
@@ -82,7 +81,7 @@ class StoryModel:
         """The posterior over unscaled latents, `b f p q c`, of levels 0 to 255."""
         b, f = images.shape[:2]
         vae = self.vae.bind(params["vae"], self.dtype)
-        moments = vae.encode(pictures_to_float(images).reshape(b * f, *images.shape[2:]))
+        moments = vae.encode(images_to_float(images).reshape(b * f, *images.shape[2:]))
         return jax.tree.map(lambda x: x.reshape(b, f, *x.shape[1:]), moments)
 
     def sample(self, moments: Moments, keys: Key[Array, " b"]) -> Float[Array, "b f p q c"]:
@@ -99,7 +98,7 @@ class StoryModel:
         b, f = latents.shape[:2]
         vae = self.vae.bind(params["vae"], self.dtype)
         flat = latents.reshape(b * f, *latents.shape[2:])
-        images = pictures_to_uint8(decode_latents(vae, flat, self.config.vae.scaling_factor))
+        images = images_to_uint8(decode_latents(vae, flat, self.config.vae.scaling_factor))
         return images.reshape(b, f, *images.shape[1:])
 
     def contextualize(

@@ -253,11 +253,11 @@ class SpaceToDepth(nnx.Module):
         return rearrange(latents, "n h w (y x colour) -> n (h y) (w x) colour", **patch)
 
 
-PictureCodec = AutoencoderKL | SpaceToDepth
+VAE = AutoencoderKL | SpaceToDepth
 
 
-def picture_codec(config: AutoencoderKLConfig | SpaceToDepthConfig) -> PictureCodec:
-    """Build the image codec that a config describes."""
+def make_vae(config: AutoencoderKLConfig | SpaceToDepthConfig) -> VAE:
+    """Build the VAE, or the image codec without weights, that a config describes."""
     if isinstance(config, AutoencoderKLConfig):
         return AutoencoderKL(config)
     return SpaceToDepth(config)
@@ -271,20 +271,20 @@ def sample_latents(
 
 
 def decode_latents(
-    codec: PictureCodec, latents: Float[Array, "n h w c"], scaling_factor: float
+    vae: VAE, latents: Float[Array, "n h w c"], scaling_factor: float
 ) -> Float[Array, "n p q o"]:
     """Images of scaled latents, about [-1, 1] but not clipped."""
-    return codec.decode(latents / scaling_factor)
+    return vae.decode(latents / scaling_factor)
 
 
-def pictures_to_float(pictures: Real[Array, "*batch h w c"]) -> Float[Array, "*batch h w c"]:
+def images_to_float(images: Real[Array, "*batch h w c"]) -> Float[Array, "*batch h w c"]:
     """Levels 0..255 to float32 in [-1, 1]."""
-    return pictures.astype(jnp.float32) / 127.5 - 1
+    return images.astype(jnp.float32) / 127.5 - 1
 
 
-def pictures_to_uint8(pictures: Float[Array, "*batch h w c"]) -> UInt8[Array, "*batch h w c"]:
+def images_to_uint8(images: Float[Array, "*batch h w c"]) -> UInt8[Array, "*batch h w c"]:
     """Images in [-1, 1] to levels 0..255, clipped.
 
     Parity: truncated, not rounded, so that going to float and back may lower a level by one.
     """
-    return (jnp.clip(pictures.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    return (jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

@@ -93,12 +93,16 @@ def read_stories(sentences: Any) -> tuple[list[Story], bool]:
 
 
 def stories_of(examples: Iterable[Example], unet: UNetConfig) -> list[Story]:
-    """The stories to generate beside a dataset's: in continuation, with their first frames."""
+    """The stories to generate beside a dataset's, with their context where the dataset knows it.
+
+    In continuation with their first frames.
+    """
     return [
         Story(
             example.sentences,
             example.story_id,
             example.images[0] if unet.is_continuation else None,
+            dict(enumerate(example.restated or ())),
         )
         for example in examples
     ]

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from contextualstory_jax.config.model_config import ModelConfig
 from contextualstory_jax.data import shapes
+from contextualstory_jax.data.shapes_figures import CAST, PLACES
+from contextualstory_jax.data.shapes_scenes import SCENES
 from contextualstory_jax.data.vocabulary import Vocabulary
 
 SAMPLE_STORIES = 3
@@ -34,11 +36,12 @@ def _about_shapes() -> Iterator[str]:
         "Characters",
         [
             f"{name:<6}{character.pronoun:<5}{character.colour_name} {character.shape}"
-            for name, character in shapes.CAST.items()
+            for name, character in CAST.items()
         ],
     )
-    yield from _section("Scenes", [", ".join(shapes.SCENES.values())])
-    places = "|".join(shapes.PLACES)
+    scenes = (f"{scene.phrase:<16}{scene.destination}" for scene in SCENES.values())
+    yield from _section("Scenes, and the ways there", scenes)
+    places = "|".join(PLACES)
     movements = [pattern.format(place=places) for pattern in (shapes.WALKS, shapes.COMES)]
     yield from _section(
         "Actions, of one / of two characters",
@@ -46,6 +49,7 @@ def _about_shapes() -> Iterator[str]:
             *(" / ".join(verbs) for verbs in shapes.VERBS.values()),
             *movements,
             shapes.LEAVES,
+            " / ".join(verb.format(destination="WAY") for verb in shapes.TRAVELS),
         ],
     )
     blanks = {name: name.upper() for name in ("who", "verb", "scene", "watcher")}

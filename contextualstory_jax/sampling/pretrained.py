@@ -21,12 +21,11 @@ from pathlib import Path
 from filelock import FileLock
 
 from contextualstory_jax.checkpoints.layout import write_text
+from contextualstory_jax.config.train_config import SHIPPED
 from contextualstory_jax.conversion.hub import check_id, find_commit, locate
 from contextualstory_jax.conversion.import_torch import import_released
 from contextualstory_jax.utils.errors import UserError, require
 from contextualstory_jax.utils.files import user_cache
-
-SHIPPED = Path(__file__).parent / "shipped"
 
 
 def find_checkpoint(

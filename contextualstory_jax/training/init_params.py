@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,12 @@ PREDICTION = {
 
 
 def tokenizer_folder(config: TrainConfig, workdir: Path) -> Path:
-    """The tokenizer's files: the workdir's own, those of `config.init_from`, or the stories'."""
+    """The tokenizer's files: the workdir's own, those of the text encoder, or the stories'."""
     own = workdir / "tokenizer"
-    if own.is_dir() or config.init_from is None:
-        return own if own.is_dir() else TOKENIZER_DIR
+    if own.is_dir():
+        return own
+    if config.init_from is None or "text_encoder" not in config.init_parts:
+        return TOKENIZER_DIR
     return Path(config.init_from) / "tokenizer"
 
 
@@ -59,7 +62,7 @@ def with_scaling_factor(config: TrainConfig, workdir: Path) -> TrainConfig:
     That is the workdir's own or that of `config.init_from`.
     """
     own = (workdir / "model.json").is_file()
-    if not own and config.init_from is None:
+    if not own and (config.init_from is None or "vae" not in config.init_parts):
         return config
     theirs = read_model(workdir if own else Path(config.init_from or "")).vae
     vae = dataclasses.replace(config.model.vae, scaling_factor=theirs.scaling_factor)
@@ -70,15 +73,15 @@ def initial_params(model: StoryModel, config: TrainConfig, placement: Placement)
     """Float32 parameters before the first step, each where it is kept; says where they are from.
 
     Those of `config.init_from` are its averaged ones where it has such. Only what Stable Diffusion
-    does not have may be fresh, and a part that the folder does not hold, as a VAE's the others. At
-    most one fresh one is unsharded in memory at any time.
+    does not have may be fresh, and a part that is not in `config.init_parts` or that the folder
+    does not hold, as a VAE's the others. At most one fresh one is unsharded in memory at any time.
 
     Raises `UserError` where `config.init_from` is another model.
     """
     placed = placement.shardings(model.shapes)
     given: Parts = {}
     if config.init_from is not None:
-        given, source = stored_params(model, Path(config.init_from), placement)
+        given, source = stored_params(model, Path(config.init_from), placement, config.init_parts)
     params: Parts = {part: {} for part in model.shapes}
     fresh = Counter[str]()
     for part, network in model.networks.items():
@@ -100,21 +103,23 @@ def initial_params(model: StoryModel, config: TrainConfig, placement: Placement)
     return params
 
 
-def stored_params(model: StoryModel, folder: Path, placement: Placement) -> tuple[Parts, str]:
-    """The parameters of a checkpoint folder's parts, float32, placed, and what they are.
+def stored_params(
+    model: StoryModel, folder: Path, placement: Placement, parts: Sequence[str]
+) -> tuple[Parts, str]:
+    """The parameters of those `parts` that a checkpoint folder holds, float32, placed; their name.
 
     Raises `UserError` where they are another model's.
     """
     theirs, held = read_model(folder), held_parts(folder)
-    compared = [part for part in model.shapes if part in held]
+    compared = [part for part in model.shapes if part in held and part in parts]
     ours, stored = (
         {part: values for part, values in spatial(config).items() if part in compared}
         for config in (model.config, theirs)
     )
     refuse_another(folder, stored, ours, "init_from")
     # A checkpoint's item is read as it is, so that all of its parts are.
-    shapes = {**StoryModel(theirs).shapes, **model.shapes}
-    shapes = {part: shapes[part] for part in held}
+    shapes = StoryModel(theirs).shapes
+    shapes = {part: (model.shapes if part in compared else shapes)[part] for part in held}
     shapes = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,

@@ -27,9 +27,9 @@ from contextualstory_jax.models.flops import vae_step_flops
 from contextualstory_jax.models.fused_attention import attention_on
 from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.vae import (
+    VAE,
     Moments,
-    PictureCodec,
-    pictures_to_float,
+    images_to_float,
     sample_latents,
 )
 from contextualstory_jax.training.metric_writers import NoWriter, ScalarWriter
@@ -76,7 +76,7 @@ def train_vae(config: TrainConfig, workdir: Path) -> TrainState:
     return optimize(setup, objective)
 
 
-def encode(vae: PictureCodec, images: Float[Array, "n h w 3"]) -> Moments:
+def encode(vae: VAE, images: Float[Array, "n h w 3"]) -> Moments:
     """The posterior over unscaled latents, float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), vae.encode(images))
 
@@ -98,7 +98,7 @@ def vae_loss(
     b, f, h, w, _ = batch.images.shape
     shape = f, *model.config.latent_size(h, w), model.config.vae.latent_channels
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    images = pictures_to_float(batch.images).reshape(b * f, h, w, 3)
+    images = images_to_float(batch.images).reshape(b * f, h, w, 3)
     vae = model.vae.bind({**trained["vae"], **frozen["vae"]}, model.dtype)
     moments = encode(vae, images)
     latents = sample_latents(moments, noise.reshape(-1, *shape[1:]), scaling_factor=1.0)
@@ -126,7 +126,7 @@ def make_measurement(setup: Setup) -> jax.stages.Wrapped:
         keys = jax.random.split(jax.random.key(config.seed), len(images))
         batch = Batch(images, ids=jnp.zeros((len(images), 1, 0), jnp.int32))
         loss, _ = vae_loss(model, config.kl_weight, params, {"vae": {}}, batch, keys)
-        levels = pictures_to_float(images).reshape(-1, *images.shape[2:])
+        levels = images_to_float(images).reshape(-1, *images.shape[2:])
         vae = model.vae.bind(params["vae"], model.dtype)
         mean, logvar = encode(vae, levels)
         decoded = vae.decode(mean).astype(jnp.float32)

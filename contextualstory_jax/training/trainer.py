@@ -26,6 +26,7 @@ from PIL import Image
 from contextualstory_jax.checkpoints.layout import contents, write_model, write_text
 from contextualstory_jax.checkpoints.manager import Checkpoints, latest_step
 from contextualstory_jax.config.build import dotted
+from contextualstory_jax.config.model_config import PARTS
 from contextualstory_jax.config.train_config import TrainConfig
 from contextualstory_jax.data.example import Example
 from contextualstory_jax.data.loader import (
@@ -56,7 +57,7 @@ from contextualstory_jax.distributed.multihost import (
 )
 from contextualstory_jax.distributed.sharding import BATCH, Placement, batch_ways, make_mesh
 from contextualstory_jax.models.flops import training_step_flops
-from contextualstory_jax.models.story_model import PARTS, Parts, StoryModel
+from contextualstory_jax.models.story_model import Parts, StoryModel
 from contextualstory_jax.models.tokenizer import Tokenizer
 from contextualstory_jax.sampling.arguments import stories_of
 from contextualstory_jax.sampling.pipeline import StoryPipeline

@@ -17,9 +17,9 @@ from contextualstory_jax.models.vae import (
     PixelAttention,
     SpaceToDepth,
     decode_latents,
-    picture_codec,
-    pictures_to_float,
-    pictures_to_uint8,
+    images_to_float,
+    images_to_uint8,
+    make_vae,
     sample_latents,
 )
 
@@ -150,7 +150,7 @@ def test_a_sample_of_space_to_depth_is_the_mean_exactly():
     ("config", "codec"), [(TINY, AutoencoderKL), (SpaceToDepthConfig(), SpaceToDepth)]
 )
 def test_the_config_chooses_the_codec(config, codec):
-    assert type(picture_codec(config)) is codec
+    assert type(make_vae(config)) is codec
 
 
 def test_samples_are_scaled_after_the_noise():
@@ -167,15 +167,15 @@ def test_decoding_divides_by_the_scaling_factor():
 
 def test_levels_are_truncated_and_clipped():
     pictures = jnp.array([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).reshape(1, 1, 6)
-    levels = pictures_to_uint8(pictures)
+    levels = images_to_uint8(pictures)
     assert levels.dtype == jnp.uint8
     np.testing.assert_array_equal(levels.ravel(), [0, 0, 127, 254, 255, 255])
 
 
 def test_every_level_survives_float_to_within_one():
     levels = jnp.arange(256, dtype=jnp.uint8).reshape(16, 16, 1)
-    pictures = pictures_to_float(levels)
+    pictures = images_to_float(levels)
     assert pictures.dtype == jnp.float32
     assert (pictures.min(), pictures.max()) == (-1, 1)
-    lost = np.asarray(levels, int) - np.asarray(pictures_to_uint8(pictures), int)
+    lost = np.asarray(levels, int) - np.asarray(images_to_uint8(pictures), int)
     assert set(lost.ravel()) <= {0, 1}
