@@ -113,24 +113,24 @@ def render_character(
     spread = 6.5 if pose == "jump" else 8.5
     paint((u / spread) ** 2 + ((y - GROUND) / 1.8) ** 2 < 1, INK, 0.4)  # the shadow
     if pose in ("stand", "wave", "read"):
-        limb((2.8, -4), (2.8, 39 - GROUND))
+        limb((2.8, -4.0), (2.8, 39.0 - GROUND))
     match pose:
         case "stand":
-            limb((5, 0), (8, -6))
+            limb((5.0, 0.0), (8.0, -6.0))
         case "jump":
-            limb((2.8, -4), (5.5, -12))
-            limb((5, 0), (8.2, 7))
+            limb((2.8, -4.0), (5.5, -12.0))
+            limb((5.0, 0.0), (8.2, 7.0))
         case "wave":
-            limb((-5, 0), (-8, -6), mirrored=False)
+            limb((-5.0, 0.0), (-8.0, -6.0), mirrored=False)
     paint(inside(across, up), dark)
     paint(inside(across * 1.14, up * 1.14), character.colour)
     if pose == "wave":  # a light palm, which a VAE does not lose as it does a thin arm
-        paint(_distance(u, v, (4.5, 0), (6.8, 9)) < 1.3, dark)
+        paint(_distance(u, v, (4.5, 0.0), (6.8, 9.0)) < 1.3, dark)
         paint(np.hypot(u - 6.8, v - 10.2) < 3.0, dark)
         paint(np.hypot(u - 6.8, v - 10.2) < 2.3, PALM)
     _paint_face(paint, u, v, pose)
     if pose == "read":
-        limb((5.5, 0), (5.5, -4))
+        limb((5.5, 0.0), (5.5, -4.0))
         paint((np.abs(u) < 6.6) & (np.abs(v + 5.2) < 3.6), COVER)
         paint((np.abs(u) < 5.6) & (np.abs(v + 5.0) < 2.6) & (np.abs(u) > 0.5), WHITE)
     layer = average_down(canvas)

@@ -2,9 +2,9 @@
 
 It compares an image with what the renderer can render. The scene and the position of its scenery
 are those of the nearest backdrop. Then each place holds the nearest of all characters in all poses
-before that backdrop, or nobody; where a character is nearest, it is there if it explains the pixels
-that it covers much better than the empty backdrop does. A shape in between, a smear or half a ghost
-is nobody.
+before that backdrop, or nobody. Where a character is nearest, it is there if it explains the pixels
+that it covers much better than the empty backdrop does, and the pixels around it are as they should
+be. A shape in between, a smear or half a ghost is nobody.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextualstory_jax.data.shapes import Figure
 from contextualstory_jax.data.shapes_figures import (
     CAST,
     PLACES,
+    UNIT,
     Pose,
     render_character,
     strip_columns,
@@ -28,6 +29,7 @@ from contextualstory_jax.data.shapes_scenes import SCENES, TURNS, render_scene
 CAP = 120.0  # RGB distance (0-255); farther pixels count as this far
 SCENE_LIMIT = 60.0  # mean RGB distance beyond which an image shows none of the scenes
 PRESENT = 0.7  # of the backdrop's distance, below which a character is there
+AROUND = (1, 4)  # pixels from a character, of an image of 64: nearer ones may be blurred
 BACKDROPS = [(scene, turn) for scene in SCENES for turn in range(TURNS)]
 LOOKS = [(name, pose) for name in CAST for pose in get_args(Pose)]
 
@@ -59,16 +61,16 @@ def _read(image: Float32[np.ndarray, "h h 3"]) -> FrameReading:
     if far.min() > SCENE_LIMIT:
         return FrameReading((), None, None)
     scene, turn = BACKDROPS[far.argmin()]
+    looks, bodies, surroundings = _looks(scene, len(image))
     figures = []
     for place in PLACES:
-        strip = image[:, strip_columns(place, len(image))]
-        looks, covered = _looks(scene, len(image))
-        backdrop = render_scene(scene, turn, len(image))[:, strip_columns(place, len(image))]
-        nobody = _distance(strip, backdrop)
+        columns = strip_columns(place, len(image))
+        strip, backdrop = image[:, columns], render_scene(scene, turn, len(image))[:, columns]
         somebody = _distance(strip, backdrop * (1 - looks[..., 3:]) + looks[..., :3])
         nearest = somebody.sum(axis=(1, 2)).argmin()
-        body = covered[nearest]
-        if somebody[nearest][body].sum() < PRESENT * nobody[body].sum():
+        body, around = bodies[nearest], surroundings[nearest]
+        limit = PRESENT * _distance(strip, backdrop)[body].mean()
+        if max(somebody[nearest][body].mean(), somebody[nearest][around].mean()) < limit:
             name, pose = LOOKS[nearest]
             figures.append((name, Figure(place, pose)))
     return FrameReading(tuple(figures), scene, turn)
@@ -90,11 +92,25 @@ def _backdrops(size: int) -> Float32[np.ndarray, "s h w 3"]:
 @functools.cache
 def _looks(
     scene: str, size: int
-) -> tuple[Float32[np.ndarray, "k h strip 4"], Bool[np.ndarray, "k h strip"]]:
-    """Every character in every pose by a scene's light, and the pixels that each covers."""
+) -> tuple[
+    Float32[np.ndarray, "k h strip 4"],
+    Bool[np.ndarray, "k h strip"],
+    Bool[np.ndarray, "k h strip"],
+]:
+    """Every character in every pose by a scene's light, the pixels that each covers, and around."""
     layers = [
         np.concatenate(render_character(name, pose, SCENES[scene].light, size), axis=-1)
         for name, pose in LOOKS
     ]
     looks = np.stack(layers)
-    return looks, looks[..., 3] > 0.6  # more than a shadow
+    bodies = looks[..., 3] > 0.6  # more than a shadow
+    near, far = (_grown(bodies, pixels * size / UNIT) for pixels in AROUND)
+    return looks, bodies, far & ~near
+
+
+def _grown(masks: Bool[np.ndarray, "k h w"], pixels: float) -> Bool[np.ndarray, "k h w"]:
+    """Masks grown by a number of pixels on all sides."""
+    margin = round(pixels)
+    padded = np.pad(masks, ((0, 0), (margin, margin), (margin, margin)))
+    window = (2 * margin + 1,) * 2
+    return np.lib.stride_tricks.sliding_window_view(padded, window, (1, 2)).any(axis=(-2, -1))

@@ -70,7 +70,7 @@ class Canvas:
 
     def box(self, x: float, width: float, top: float, bottom: float) -> Mask:
         """A rectangle whose middle is at x."""
-        dx, _ = self.offsets(x, 0)
+        dx, _ = self.offsets(x, 0.0)
         return (np.abs(dx) < width / 2) & (self.y > top) & (self.y < bottom)
 
     def cone(self, x: float, top: float, bottom: float, slope: float) -> Mask:
@@ -115,7 +115,7 @@ def _beach(c: Canvas) -> None:
     c.gradient(c.y >= 0, (148, 206, 240), (240, 236, 222))
     c.paint(c.disc(0.72, 0.15, 0.085), 255, 226, 140)
     c.gradient(c.y > 0.34, (34, 120, 150), (96, 184, 186))
-    c.paint(c.cone(0.3, 0.16, 0.35, 0.55) & (c.offsets(0.3, 0)[0] > -0.005), 252, 252, 248)
+    c.paint(c.cone(0.3, 0.16, 0.35, 0.55) & (c.offsets(0.3, 0.0)[0] > -0.005), 252, 252, 248)
     c.paint(c.box(0.32, 0.17, 0.36, 0.4), 150, 84, 58)
     shore = 0.6 + 0.025 * c.wave(1, 0.2)
     c.paint(c.y > shore - 0.03, 240, 248, 246)

@@ -1,3 +1,5 @@
+"""Synthetic stories: their grammar, splits, images, reader and tokenizer."""
+
 from __future__ import annotations
 
 import hashlib
@@ -6,30 +8,30 @@ import json
 import pickle
 import runpy
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from contextualstory_jax.data.shapes import (
-    CAST,
-    PLACES,
-    SCENES,
     TOKENIZER_DIR,
-    TURNS,
     Figure,
     ShapesSource,
-    draw,
+    render,
     split_of,
     story,
     storyline,
     vocabulary,
 )
+from contextualstory_jax.data.shapes_figures import CAST, PLACES, Pose
 from contextualstory_jax.data.shapes_reader import FrameReading, read_frames
+from contextualstory_jax.data.shapes_scenes import SCENES, TURNS, render_scene
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "build_shapes_tokenizer.py"
-SIZES = (32, 48, 64)
+SIZES = (32, 64)
 PRONOUNS = {"she", "he", "they"}
+POSES = get_args(Pose)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def storylines():
 
 @pytest.fixture(scope="module")
 def sentences(storylines):
-    return {shot.sentence for told in storylines.values() for line in told for shot in line.shots}
+    return {shot.sentence for lines in storylines.values() for line in lines for shot in line.shots}
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +55,33 @@ def tokenizer():
     return CLIPTokenizer.from_pretrained(TOKENIZER_DIR, local_files_only=True)
 
 
-def frames(count, size, split="test"):
-    """The pictures of `count` stories and what each shows."""
-    stories = [story(3, i, split, size) for i in range(count)]
-    truth = [FrameReading(label.characters, label.scene) for s in stories for label in s.labels]
-    return np.concatenate([s.images for s in stories]), truth
+def reading(scene, figures, turn):
+    """What the reader should find."""
+    ordered = sorted(figures.items(), key=lambda item: list(PLACES).index(item[1].place))
+    return FrameReading(tuple(ordered), scene, turn)
+
+
+def frames(count, size=64):
+    """The images of `count` stories and their readings."""
+    images, truth = [], []
+    for index in range(count):
+        line = storyline(3, index, "test")
+        images.append(story(3, index, "test", size).images)
+        truth += [reading(shot.scene, shot.figures, line.turn) for shot in line.shots]
+    return np.concatenate(images), truth
 
 
 def every_staging():
-    """Every scene with each character in every place and pose, and each pair in every place."""
-    poses = itertools.cycle(("stand", "jump", "wave", "sleep", "stand", "wave", "sleep"))
-    alone = [
-        {name: Figure(place, pose)}
-        for name in CAST
-        for place in PLACES
-        for pose in ("stand", "jump", "wave", "sleep")
-    ]
-    neighbours = [
+    """Every scene with each character in every place and pose, and each pair in two places."""
+    poses = itertools.cycle(POSES)
+    alone = [{name: Figure(place, pose)} for name in CAST for place in PLACES for pose in POSES]
+    places = itertools.cycle(itertools.permutations(PLACES, 2))
+    pairs = [
         {a: Figure(here, next(poses)), b: Figure(there, next(poses))}
         for a, b in itertools.combinations(CAST, 2)
-        for here, there in itertools.permutations(PLACES, 2)
+        for here, there in [next(places)]
     ]
-    return [(scene, figures) for scene in SCENES for figures in alone + neighbours]
+    return [(scene, figures) for scene in SCENES for figures in alone + pairs]
 
 
 # ----------------------------------------------------------------------------- stories
@@ -83,14 +90,15 @@ def every_staging():
 def test_a_story_is_the_documented_example():
     example = story(0, 7, "train")
 
-    assert example.images.shape == (5, 32, 32, 3)
+    assert example.images.shape == (5, 64, 64, 3)
     assert example.images.dtype == np.uint8
     assert example.story_id == "shapes-train-0-7"
     assert len(example.sentences) == len(set(example.frame_ids)) == len(example.labels) == 5
+    assert len(example.restated) == 5
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_have_the_size_asked_for(size):
+def test_images_have_the_size_asked_for(size):
     assert story(0, 0, "test", size).images.shape == (5, size, size, 3)
 
 
@@ -102,19 +110,43 @@ def test_a_story_is_a_function_of_its_arguments():
 
 
 def test_seed_index_and_split_each_change_the_story():
-    told = [story(*arguments).sentences for arguments in ((0, 0, "train"), (1, 0, "train"))]
-    told += [story(*arguments).sentences for arguments in ((0, 1, "train"), (0, 0, "test"))]
+    found = [story(*arguments).sentences for arguments in ((0, 0, "train"), (1, 0, "train"))]
+    found += [story(*arguments).sentences for arguments in ((0, 1, "train"), (0, 0, "test"))]
 
-    assert len(set(told)) == 4
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_longer_story_begins_as_a_shorter_one(split):
+    for index in range(50):
+        lines = [storyline(0, index, split, length) for length in (5, 8, 20)]
+
+        assert [len(line.shots) for line in lines] == [5, 8, 20]
+        assert lines[0].shots == lines[1].shots[:5] == lines[2].shots[:5]
+        assert lines[1].shots == lines[2].shots[:8]
+        assert len({line.turn for line in lines}) == 1
+
+
+def test_long_stories_keep_two_characters_who_leave_and_return():
+    lines = [storyline(0, index, "test", 20) for index in range(300)]
+    both = [np.mean([len(line.shots[i].figures) == 2 for line in lines]) for i in range(5, 20)]
+    returned = [
+        any("goodbye" in a.sentence and "comes" in b.sentence for a, b in pairs)
+        for pairs in (itertools.combinations(line.shots, 2) for line in lines)
+    ]
+
+    assert min(both) > 0.5
+    assert np.mean(returned) > 0.3
+    assert max(len({name for shot in line.shots for name in shot.figures}) for line in lines) == 2
 
 
 def test_stories_stay_what_they_are():
-    # The shipped model was trained on these; Python and NumPy versions must not change them.
+    # The model that ships was trained on these; Python and NumPy versions must not change them.
     digest = hashlib.sha256()
     for index in range(200):
-        digest.update(repr(storyline(0, index, "train")).encode())
+        digest.update(repr(storyline(0, index, "train", 8)).encode())
 
-    assert digest.hexdigest()[:16] == "8ba6e87c7916ce15"
+    assert digest.hexdigest()[:16] == "ae7c40c775141f4d"
 
 
 def test_an_unknown_split_is_refused():
@@ -122,70 +154,96 @@ def test_an_unknown_split_is_refused():
         storyline(0, 0, "validation")
 
 
+def test_a_story_of_less_frames_is_refused():
+    with pytest.raises(ValueError, match="a story has at least 5 frames; got 4"):
+        storyline(0, 0, "train", 4)
+
+
 def test_the_cast_differs_in_colour_and_in_shape():
     colours = np.array([character.colour for character in CAST.values()], float)
     apart = np.linalg.norm(colours[:, None] - colours, axis=-1)
 
-    assert len({character.shape for character in CAST.values()}) == len(CAST) >= 6
+    assert len({character.shape for character in CAST.values()}) == len(CAST) == 8
     assert apart[~np.eye(len(CAST), dtype=bool)].min() > 100
 
 
-def test_no_scene_has_a_characters_colour():
-    scenery = np.concatenate([draw(scene, {}, 0, 64).reshape(-1, 3) for scene in SCENES])
-    colours = np.array([character.colour for character in CAST.values()], float)
-
-    distance = np.linalg.norm(scenery[:, None] - colours, axis=-1)
-
-    assert distance.min() > 80
-
-
-def test_two_characters_never_overlap():
+def test_a_character_changes_its_own_strip_alone():
     for scene, figures in every_staging():
-        if len(figures) == 2:
-            both = draw(scene, figures, 0, 32).astype(int)
-            empty = draw(scene, {}, 0, 32).astype(int)
-            alone = [draw(scene, {name: figures[name]}, 0, 32).astype(int) for name in figures]
-            changed = [np.abs(picture - empty).sum(axis=-1) > 60 for picture in alone]
+        for name, figure in figures.items():
+            empty = render(scene, {}, 0).astype(int)
+            changed = np.abs(render(scene, {name: figure}, 0) - empty).sum(axis=(0, 2)) > 0
+            centre = round(PLACES[figure.place] * 64)
 
-            assert not (changed[0] & changed[1]).any(), figures
-            assert np.abs(both - empty).any()
+            assert changed[centre - 10 : centre + 10].sum() == changed.sum() > 10
+
+
+def test_each_pose_and_character_looks_different_in_every_scene():
+    for scene in SCENES:
+        looks = [
+            render(scene, {name: Figure("middle", pose)}, 0).astype(float)
+            for name in CAST
+            for pose in POSES
+        ]
+        for one, other in itertools.combinations(looks, 2):
+            assert (np.linalg.norm(one - other, axis=-1) > 60).sum() >= 20
 
 
 def test_the_scenery_turns_without_a_seam():
     for scene in SCENES:
-        turned = draw(scene, {}, TURNS // 2, 32)
+        for turn in range(1, TURNS):
+            back = np.roll(render_scene(scene, turn, 64), -turn * 8, axis=1)
 
-        np.testing.assert_array_equal(np.roll(turned, 16, axis=1), draw(scene, {}, 0, 32))
+            np.testing.assert_array_equal(back, render_scene(scene, 0, 64))
+
+
+def test_an_unknown_scene_is_refused():
+    with pytest.raises(ValueError, match="scene must be one of meadow, .*; got 'moon'"):
+        render_scene("moon", 0, 64)
 
 
 # ----------------------------------------------------------------------------- sentences
+
+
+def scene_of(sentence):
+    """The scene that a sentence names, if any."""
+    for name, scene in SCENES.items():
+        if scene.phrase in sentence or scene.destination in sentence:
+            return name
+    return None
 
 
 def test_every_sentence_is_short_and_of_the_vocabulary(sentences):
     words = {word for sentence in sentences for word in sentence.split()}
 
     assert words == set(vocabulary())
-    assert {len(sentence.split()) for sentence in sentences} <= set(range(4, 13))
+    assert {len(sentence.split()) for sentence in sentences} <= set(range(4, 15))
 
 
 def test_the_first_sentence_names_scene_and_characters(storylines):
-    for line in storylines["train"]:
+    for line in storylines["train"] + storylines["test"]:
         first = line.shots[0]
-        assert SCENES[line.scene] in first.sentence
+        assert scene_of(first.sentence) == first.scene
         assert set(first.figures) <= set(first.sentence.split())
 
 
 def test_a_frame_needs_context_exactly_if_its_sentence_leaves_something_out(storylines):
     for line in storylines["train"]:
         for shot in line.shots:
-            names = set(CAST) & set(shot.sentence.split())
-            told = names == set(shot.figures) and SCENES[line.scene] in shot.sentence
-            assert shot.needs_context != told, shot
+            names = set(shot.figures) <= set(shot.sentence.split())
+            assert shot.needs_context != (names and scene_of(shot.sentence) == shot.scene), shot
+
+
+def test_a_restated_sentence_leaves_nothing_out(storylines):
+    for line in storylines["train"]:
+        for shot in line.shots:
+            assert scene_of(shot.restated) == shot.scene
+            assert set(shot.figures) <= set(shot.restated.split())
+            assert not PRONOUNS & set(shot.restated.split())
 
 
 def test_about_half_of_the_frames_need_context(storylines):
-    for told in storylines.values():
-        share = np.mean([shot.needs_context for line in told for shot in line.shots])
+    for lines in storylines.values():
+        share = np.mean([shot.needs_context for line in lines for shot in line.shots])
         assert 0.4 < share < 0.6
 
 
@@ -200,11 +258,24 @@ def test_a_pronoun_means_one_thing(storylines):
                 assert len(meant) == 1, (before, shot)
 
 
+def test_a_third_of_the_stories_change_the_scene_once_and_say_so(storylines):
+    changes = []
+    for line in storylines["test"]:
+        moved = [b for a, b in itertools.pairwise(line.shots) if a.scene != b.scene]
+        changes.append(len(moved))
+        for shot in moved:
+            assert SCENES[shot.scene].destination in shot.sentence
+
+    assert set(changes) == {0, 1}
+    assert 0.3 < np.mean(changes) < 0.37
+
+
 def follow(line):
-    """The figures of each frame as a reader of the sentences would place them."""
-    figures = {}
-    poses = {"jump": "jump", "wave": "wave", "take": "sleep"}
+    """Scene and figures of each frame as a reader of the sentences would place them."""
+    scene, figures = None, {}
+    poses = {"jump": "jump", "wave": "wave", "take": "sleep", "read": "read"}
     for shot in line.shots:
+        scene = scene_of(shot.sentence) or scene
         words = shot.sentence.removesuffix(" .").split(" while ")[0].split()
         subjects = [word for word in words if word in CAST]
         if words[0] in ("she", "he"):
@@ -223,12 +294,24 @@ def follow(line):
                 del figures[name]
             else:
                 figures[name] = Figure(place or figures[name].place, verb or "stand")
-        yield dict(figures)
+        yield scene, dict(figures)
 
 
-def test_the_sentences_tell_everything_that_is_drawn(storylines):
-    for line in storylines["train"][:1000]:
-        assert list(follow(line)) == [shot.figures for shot in line.shots]
+def test_the_sentences_say_everything_that_is_rendered(storylines):
+    for line in storylines["test"]:
+        assert list(follow(line)) == [(shot.scene, shot.figures) for shot in line.shots]
+
+
+def test_some_training_stories_begin_in_the_middle(storylines):
+    # Whose places only the frames before say; stories to be measured begin at the beginning.
+    shares = {
+        split: np.mean(["at the" not in line.shots[0].sentence for line in lines])
+        for split, lines in storylines.items()
+    }
+    walking = [line for line in storylines["train"] if "walks" in line.shots[0].sentence]
+
+    assert shares["train"] > shares["test"]
+    assert walking and not any("walks" in line.shots[0].sentence for line in storylines["test"])
 
 
 # ----------------------------------------------------------------------------- splits
@@ -237,11 +320,11 @@ def test_the_sentences_tell_everything_that_is_drawn(storylines):
 def happenings(line):
     """What a storyline is, whatever the words, the places and the scenery."""
     deeds = (frozenset((n, f.pose) for n, f in shot.figures.items()) for shot in line.shots)
-    return line.scene, *deeds
+    return tuple(zip((shot.scene for shot in line.shots), deeds, strict=True))
 
 
 def test_test_storylines_never_occur_in_training(storylines):
-    trained, held_out = ({happenings(line) for line in told} for told in storylines.values())
+    trained, held_out = ({happenings(line) for line in lines} for lines in storylines.values())
 
     assert len(held_out) > 1000
     assert not trained & held_out
@@ -249,28 +332,25 @@ def test_test_storylines_never_occur_in_training(storylines):
 
 def test_what_happens_alone_decides_the_split(storylines):
     # So that the splits are disjoint beyond the stories looked at here.
-    for split, told in storylines.items():
-        for line in told:
-            mirrored = line._replace(
-                turn=0,
-                shots=[
-                    shot._replace(
-                        sentence="",
-                        figures={
-                            name: figure._replace(place="left")
-                            for name, figure in reversed(shot.figures.items())
-                        },
-                    )
-                    for shot in line.shots
-                ],
-            )
-            assert split_of(line) == split_of(mirrored) == split
+    for split, lines in storylines.items():
+        for line in lines:
+            mirrored = [
+                shot._replace(
+                    sentence="",
+                    figures={
+                        name: figure._replace(place="left")
+                        for name, figure in reversed(shot.figures.items())
+                    },
+                )
+                for shot in line.shots
+            ]
+            assert split_of(line.shots) == split_of(mirrored) == split
 
 
 def test_held_out_sentences_never_occur_in_training(storylines):
     trained, held_out = (
-        {tuple(shot.sentence for shot in line.shots) for line in told}
-        for told in storylines.values()
+        {tuple(shot.sentence for shot in line.shots) for line in lines}
+        for lines in storylines.values()
     )
 
     assert not trained & held_out
@@ -281,71 +361,68 @@ def test_held_out_sentences_never_occur_in_training(storylines):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_reader_reads_every_staging(size):
-    stagings = every_staging()
-    images = np.stack([draw(scene, f, i % TURNS, size) for i, (scene, f) in enumerate(stagings)])
-
-    readings = read_frames(images)
-
-    assert readings == [FrameReading(frozenset(f), scene) for scene, f in stagings]
-
-
-def test_the_reader_sees_nobody_on_empty_scenes():
-    images = np.stack([draw(scene, {}, turn, 32) for scene in SCENES for turn in range(TURNS)])
+    stagings = every_staging()[:: 64 // size]
+    images = np.stack([render(scene, f, i % TURNS, size) for i, (scene, f) in enumerate(stagings)])
 
     assert read_frames(images) == [
-        FrameReading(frozenset(), scene) for scene in SCENES for _ in range(TURNS)
+        reading(scene, figures, i % TURNS) for i, (scene, figures) in enumerate(stagings)
     ]
 
 
-@pytest.mark.parametrize("blur", [0.0, 0.6])  # standard deviation in pixels at 32
-@pytest.mark.parametrize("size", (32, 64))
-def test_the_reader_stands_noise_and_blur(size, blur):
-    images, truth = frames(30, size)
-    soft = ImageFilter.GaussianBlur(blur * size / 32)
+def test_the_reader_sees_nobody_on_empty_scenes():
+    images = np.stack([render(scene, {}, turn) for scene in SCENES for turn in range(TURNS)])
+
+    assert read_frames(images) == [
+        FrameReading((), scene, turn) for scene in SCENES for turn in range(TURNS)
+    ]
+
+
+@pytest.mark.parametrize(("blur", "noise"), [(0, 20), (0.8, 12)])  # pixels at 64, grey levels
+def test_the_reader_stands_noise_and_blur(blur, noise):
+    images, truth = frames(20)
+    soft = ImageFilter.GaussianBlur(blur)
     images = np.stack([np.asarray(Image.fromarray(image).filter(soft)) for image in images])
-    noise = np.random.default_rng(0).normal(0, 15, images.shape)
+    grain = np.random.default_rng(0).normal(0, noise, images.shape)
 
-    readings = read_frames(np.clip(images + noise, 0, 255).astype(np.uint8))
-
-    right = np.mean([reading == shown for reading, shown in zip(readings, truth, strict=True)])
-    assert right >= 0.99
+    assert read_frames(np.clip(images + grain, 0, 255).astype(np.uint8)) == truth
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_reader_sees_nobody_in_noise_or_on_plain_colours(size):
     rng = np.random.default_rng(0)
-    uniform = rng.integers(0, 256, (30, size, size, 3)).astype(np.uint8)
-    gaussian = np.clip(rng.normal(127.5, 127.5, (30, size, size, 3)), 0, 255).astype(np.uint8)
+    uniform = rng.integers(0, 256, (10, size, size, 3)).astype(np.uint8)
+    gaussian = np.clip(rng.normal(127.5, 127.5, (10, size, size, 3)), 0, 255).astype(np.uint8)
     colours = [(grey,) * 3 for grey in range(0, 256, 15)] + [who.colour for who in CAST.values()]
     plain = np.stack([np.full((size, size, 3), colour, np.uint8) for colour in colours])
 
     readings = read_frames(np.concatenate([uniform, gaussian, plain]))
 
-    assert {reading.characters for reading in readings} == {frozenset()}
-    assert {reading.scene for reading in readings[:60]} == {None}
+    assert {found.characters for found in readings} == {()}
+    assert {found.scene for found in readings[:20]} == {None}
 
 
-def test_the_reader_takes_neither_another_colour_nor_a_speck_nor_a_smear():
-    ground = draw("meadow", {}, 0, 32)
-    green, speck, smear = ground.copy(), ground.copy(), ground.copy()
-    green[18:28, 11:21] = (60, 220, 90)
-    speck[18:21, 11:14] = CAST["otto"].colour
-    smear[14:28] = CAST["otto"].colour
+def test_the_reader_takes_neither_another_colour_nor_a_block_nor_a_smear_nor_a_ghost():
+    ground, mia = render("meadow", {}, 0), render("meadow", {"mia": Figure("middle", "stand")}, 0)
+    green, block, smear = ground.copy(), ground.copy(), ground.copy()
+    green[32:46, 25:39] = (60, 220, 90)
+    block[32:46, 25:39] = CAST["hugo"].colour
+    smear[30:56] = CAST["otto"].colour
+    ghost = np.rint(0.7 * ground + 0.3 * mia).astype(np.uint8)
 
-    readings = read_frames(np.stack([green, speck, smear]))
+    readings = read_frames(np.stack([green, block, smear, ghost, mia]))
 
-    assert [reading.characters for reading in readings] == [frozenset()] * 3
+    assert [found.characters for found in readings] == [(), (), (), (), ("mia",)]
 
 
-def test_the_reader_takes_a_clearly_wrong_shape_for_nobody():
-    picture = draw("meadow", {"hugo": Figure("middle", "stand")}, 0, 32)
-    violet = np.linalg.norm(picture.astype(float) - CAST["hugo"].colour, axis=-1) < 90
+def test_the_reader_sees_a_character_twice():
+    image = render("snow", {"zoe": Figure("left", "jump")}, 2)
+    right = render("snow", {"zoe": Figure("right", "sleep")}, 2)
+    image[:, 42:] = right[:, 42:]
 
-    recoloured = np.where(violet[..., None], np.uint8(CAST["emil"].colour), picture)
+    (found,) = read_frames(image[None])
 
-    right, wrong = read_frames(np.stack([picture, recoloured]))
-    assert right.characters == {"hugo"}
-    assert wrong.characters == frozenset()
+    assert found.characters == ("zoe", "zoe")
+    assert [figure.pose for _, figure in found.figures] == ["jump", "sleep"]
 
 
 # ----------------------------------------------------------------------------- tokenizer
