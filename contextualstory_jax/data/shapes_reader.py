@@ -28,8 +28,9 @@ from contextualstory_jax.data.shapes_scenes import SCENES, TURNS, render_scene
 
 CAP = 120.0  # RGB distance (0-255); farther pixels count as this far
 SCENE_LIMIT = 60.0  # mean RGB distance beyond which an image shows none of the scenes
-PRESENT = 0.7  # of the backdrop's distance, below which a character is there
-AROUND = (1, 4)  # pixels from a character, of an image of 64: nearer ones may be blurred
+# A character is there below these shares of the backdrop's distance from the pixels it covers.
+PRESENT, AROUND = 0.7, 0.5  # on them; around them
+RING = (1, 4)  # pixels from a character, of an image of 64: nearer ones may be blurred
 BACKDROPS = [(scene, turn) for scene in SCENES for turn in range(TURNS)]
 LOOKS = [(name, pose) for name in CAST for pose in get_args(Pose)]
 
@@ -69,8 +70,9 @@ def _read(image: Float32[np.ndarray, "h h 3"]) -> FrameReading:
         somebody = _distance(strip, backdrop * (1 - looks[..., 3:]) + looks[..., :3])
         nearest = somebody.sum(axis=(1, 2)).argmin()
         body, around = bodies[nearest], surroundings[nearest]
-        limit = PRESENT * _distance(strip, backdrop)[body].mean()
-        if max(somebody[nearest][body].mean(), somebody[nearest][around].mean()) < limit:
+        here, near = (somebody[nearest][mask].mean() for mask in (body, around))
+        empty = _distance(strip, backdrop)[body].mean()
+        if here < PRESENT * empty and near < AROUND * empty:
             name, pose = LOOKS[nearest]
             figures.append((name, Figure(place, pose)))
     return FrameReading(tuple(figures), scene, turn)
@@ -104,7 +106,7 @@ def _looks(
     ]
     looks = np.stack(layers)
     bodies = looks[..., 3] > 0.6  # more than a shadow
-    near, far = (_grown(bodies, pixels * size / UNIT) for pixels in AROUND)
+    near, far = (_grown(bodies, pixels * size / UNIT) for pixels in RING)
     return looks, bodies, far & ~near
 
 
