@@ -108,7 +108,7 @@ TINY: dict[str, Any] = {
         "num_attention_heads": 2,
         "num_hidden_layers": 1,
         "torch_dtype": "float32",
-        "vocab_size": 239,
+        "vocab_size": 261,
     },
     "scheduler/scheduler_config.json": {
         "_class_name": "DDIMScheduler",

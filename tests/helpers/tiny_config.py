@@ -9,10 +9,12 @@ def get_config() -> ConfigDict:
     """The recipe."""
     config = shapes_config()
     config.update(steps=150, batch_size=2, log_every=1, checkpoint_every=10, sample_every=1000)
-    config.model.update(height=16, width=16)
-    config.model.vae.patch = 4
+    config.update(init_from=None, keep_frames_probability=0.0)
+    config.model.update(height=16, width=16, kept_frames=None)
+    config.model.vae = ConfigDict({"kind": "space_to_depth", "patch": 4})
     config.model.sampling.steps = 2
     config.model.unet.update(
+        sample_size=4,
         in_channels=48,
         out_channels=48,
         block_out_channels=(32,),

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.model.vae = {"block_out_channels": (WIDTH, WIDTH), "layers_per_block": 1}
     config.model.sampling = {"steps": 2}
     config.model.text_encoder = {
-        "vocab_size": 239,  # of the embedded stories' tokenizer
+        "vocab_size": 261,  # of the embedded stories' tokenizer
         "hidden_size": WIDTH,
         "intermediate_size": WIDTH,
         "num_hidden_layers": 1,

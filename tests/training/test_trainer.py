@@ -369,7 +369,7 @@ def test_a_workdir_of_another_shape_is_refused_and_stays_as_it_is(whole, recipe,
             lambda r: with_model(
                 r, text_encoder=dataclasses.replace(r.model.text_encoder, vocab_size=100)
             ),
-            "model.text_encoder.vocab_size = 100 is under the tokenizer's 239",
+            "model.text_encoder.vocab_size = 100 is under the tokenizer's 261",
         ),
     ],
 )
