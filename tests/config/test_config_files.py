@@ -88,7 +88,7 @@ def test_a_mapping_or_a_config_dict_is_a_recipe_and_stays_as_it_is():
         ("optimizer.schedule=linear", "optimizer.schedule must be 'constant' or 'cosine'"),
         ("compute_dtype=float16", "compute_dtype must be 'float32' or 'bfloat16'"),
         ("accumulation_steps=3", "batch_size = 16 is not divisible by accumulation_steps = 3"),
-        ("model.height=33", "height and width must be positive multiples of 8 .* got 33 x 32"),
+        ("model.height=33", "height and width must be positive multiples of 8 .* got 33 x 64"),
     ],
 )
 def test_an_override_that_does_not_fit_is_named(override, message):

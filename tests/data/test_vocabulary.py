@@ -7,6 +7,7 @@ import pytest
 from contextualstory_jax.checkpoints.layout import read_model
 from contextualstory_jax.data import shapes
 from contextualstory_jax.data.folder import FolderSource
+from contextualstory_jax.data.shapes_scenes import SCENES
 from contextualstory_jax.data.vocabulary import (
     FILE,
     MAX_WARNINGS,
@@ -22,6 +23,7 @@ from contextualstory_jax.sampling.pipeline import SHIPPED
 from contextualstory_jax.testing.published_folders import write_story_folder
 from contextualstory_jax.utils.errors import UserError
 
+CAST_NAMES = "mia, otto, zoe, emil, ida, hugo, lena, theo"
 SHAPES = vocabulary_of("shapes", shapes.ShapesSource(0, "train"))
 
 
@@ -49,19 +51,19 @@ def test_every_sentence_of_the_synthetic_stories_is_known():
     [
         (
             "A dragon waves.",
-            ["'dragon' is unknown to this model; known names: mia, otto, zoe, emil, ida, hugo"],
+            [f"'dragon' is unknown to this model; known names: {CAST_NAMES}"],
         ),
         (
             "mia is on the Beech . ottto sleeps",
             [
                 "'beech' is unknown to this model; closest known word: beach",
                 "'ottto' is unknown to this model; closest known word: otto",
-                "'sleeps' is unknown to this model; known names: mia, otto, zoe, emil, ida, hugo",
+                f"'sleeps' is unknown to this model; known names: {CAST_NAMES}",
             ],
         ),
         (
             "xx xx xx",
-            ["'xx' is unknown to this model; known names: mia, otto, zoe, emil, ida, hugo"],
+            [f"'xx' is unknown to this model; known names: {CAST_NAMES}"],
         ),
     ],
 )
@@ -112,9 +114,10 @@ def test_the_model_that_ships_knows_the_words_of_the_synthetic_stories():
 def test_about_lists_all_that_sentences_are_made_of():
     text = about(read_model(SHIPPED), SHAPES)
 
-    assert "A visualization model: 5 sentences to 5 frames of 32 x 32 pixels." in text
+    assert "A visualization model: 5 sentences to 5 frames of 64 x 64 pixels." in text
     assert "mia   she  red circle" in text
-    for word in [*shapes.CAST, *shapes.SCENES.values(), "walks to the left|middle|right"]:
+    scenes = [words for scene in SCENES.values() for words in (scene.phrase, scene.destination)]
+    for word in [*CAST_NAMES.split(", "), *scenes, "walks to the left|middle|right"]:
         assert word in text
     for number in (1, 2, 3):
         assert f"Sample story {number}" in text

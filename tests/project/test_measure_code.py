@@ -15,7 +15,7 @@ def test_what_passes_a_bound_is_named(monkeypatch, capsys):
     monkeypatch.setattr(measure_code, "FUNCTION_LINES", 20)
 
     assert measure_code.main() == 1
-    assert "configs/shapes.py:11 get_config" in capsys.readouterr().out
+    assert "configs/shapes.py:14 get_config" in capsys.readouterr().out
 
 
 def test_words_are_counted_outside_code():

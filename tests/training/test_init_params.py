@@ -43,9 +43,9 @@ def with_unet(config: ModelConfig, **values: Any) -> ModelConfig:
     return dataclasses.replace(config, unet=dataclasses.replace(config.unet, **values))
 
 
-def begin(folder: Path, model: StoryModel) -> dict:
+def begin(folder: Path, model: StoryModel, **values: Any) -> dict:
     """The parameters that training begins with."""
-    config = TrainConfig(model=model.config, init_from=str(folder), seed=3)
+    config = TrainConfig(model=model.config, init_from=str(folder), seed=3, **values)
     return initial_params(model, config, Placement(make_mesh(MeshConfig())))
 
 
@@ -62,6 +62,25 @@ def test_all_parameters_of_a_whole_model_are_taken_as_float32(converted, capsys)
     assert {p.dtype for part in params.values() for p in part.values()} == {np.dtype(np.float32)}
     assert_equal(params, jax.tree.map(lambda p: np.asarray(p, np.float32), stored))
     assert capsys.readouterr().out == f"raw parameters of {converted}; fresh: none\n"
+
+
+def test_parts_that_are_not_asked_for_may_be_of_another_model(converted, capsys):
+    model = StoryModel(with_unet(read_model(converted), block_out_channels=(64,)))
+
+    params = begin(converted, model, init_parts=("vae",))
+
+    stored, _ = load_weights(converted, "raw", StoryModel(read_model(converted)).shapes)
+    fresh = model.init(3)
+    assert_equal(params["vae"], jax.tree.map(lambda p: np.asarray(p, np.float32), stored["vae"]))
+    assert_equal(params["unet"], fresh["unet"])
+    assert_equal(params["text_encoder"], fresh["text_encoder"])
+    counts = (f"{len(fresh[part])} of {part}" for part in ("unet", "text_encoder"))
+    assert capsys.readouterr().out.endswith(f"fresh: {', '.join(counts)}\n")
+
+
+def test_unknown_parts_are_refused():
+    with pytest.raises(UserError, match=r"init_parts must be some of unet, vae, .*; got \('u',\)"):
+        TrainConfig(init_parts=("u",))
 
 
 def test_a_first_frame_s_layers_are_fresh(converted, capsys):
@@ -139,6 +158,8 @@ def test_the_tokenizer_is_the_workdir_s_own_then_that_of_the_first_weights(conve
 
     assert tokenizer_folder(fresh, tmp_path) == TOKENIZER_DIR
     assert tokenizer_folder(begun, tmp_path) == converted / "tokenizer"
+    vae_alone = dataclasses.replace(begun, init_parts=("vae",))
+    assert tokenizer_folder(vae_alone, tmp_path) == TOKENIZER_DIR
     (tmp_path / "tokenizer").mkdir()
     assert tokenizer_folder(begun, tmp_path) == tmp_path / "tokenizer"
 
