@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test slow heavy studio-load cuda jax lint types docs clean
+.PHONY: help venv demo test slow heavy studio-load long-stories cuda jax lint types docs clean
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 # The first of these that is there, runs and is supported; another: make PYTHON=/path/to/python
@@ -36,6 +36,10 @@ heavy: .venv/installed-test ## run the heaviest tests, before a release (an hour
 STUDIO_LOAD ?= --clients 20 --seconds 120 --kills 20
 studio-load: .venv/installed-test ## load the studio with clients and kill it (minutes)
 	$(VENV) scripts/studio_load.py $(STUDIO_LOAD)
+
+long-stories: .venv/installed-test ## measure stories of 8 and of 50 sentences (minutes)
+	$(VENV) scripts/measure_long_stories.py --stories 32 --sentences 8
+	$(VENV) scripts/measure_long_stories.py --stories 32 --sentences 50
 
 cuda: .venv/installed-test,gpu ## compile for GPUs that are not there (several GB of packages)
 	$(VENV) -m pytest -m cuda_aot
