@@ -46,7 +46,7 @@ def _fid(report: Mapping[str, Any]) -> Iterator[str]:
     yield from _table(("protocol", "FID [95 %]", "frames", ""), rows)
     yield ""
     if report["published"]:
-        yield "It is not known by which protocol, and on which frames, the published value was had."
+        yield "It is not known by which protocol, and on which frames, the published value was obtained."
     else:
         yield "No published value of this task is known."
     yield ""
