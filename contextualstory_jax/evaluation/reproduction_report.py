@@ -46,7 +46,7 @@ def _fid(report: Mapping[str, Any]) -> Iterator[str]:
     yield from _table(("protocol", "FID [95 %]", "frames", ""), rows)
     yield ""
     if report["published"]:
-        yield "It is not known by which protocol, and on which frames, the published value was obtained."
+        yield "The protocol of the published value, and the frames it was measured on, are unknown."
     else:
         yield "No published value of this task is known."
     yield ""
